@@ -1,0 +1,59 @@
+"""`kasa`: the console script. Sub-commands live in `kasa_runtime/commands/` and are imported when called, so that
+`kasa --help` does not pay for torch.
+
+Exit status: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from kasa_runtime import __version__
+from kasa_runtime.errors import KasaError
+
+COMMANDS = {
+    "serve": "Serve one base model and its adapters over gRPC.",
+    "generate": "Send a prompt to a running server.",
+    "adapters": "List, upload, merge and otherwise manage adapters of a running server.",
+    "train": "Train an adapter from a run.toml.",
+    "model": "Fetch, inspect and prepare base models.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are `kasa_runtime.commands.<name>:command`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"kasa_runtime.commands.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="kasa-runtime")
+def cli() -> None:
+    """Train, serve and operate KaSA adapters: one base model, many adapters, one batch."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `kasa`; library errors become one line on stderr and exit status 1."""
+    try:
+        cli.main(args=argv, prog_name="kasa", standalone_mode=True)
+    except KasaError as error:
+        click.echo(f"kasa: error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
