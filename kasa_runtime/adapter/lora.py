@@ -1,0 +1,89 @@
+"""Fold: from the tensors of an adapter to the low-rank deltas that an engine applies.
+
+Legend as in `kasa.py`. A folded layer is (a, b, t): its delta on the untouched base is b a - P Q with the layer's
+tail of rank t, which all adapters share. As one plain LoRA of rank r + t it is [b | -P] [a ; Q].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kasa_runtime.adapter.config import AdapterConfig, AdapterMeta
+from kasa_runtime.adapter.kasa import Tail
+from kasa_runtime.types import AdapterMethod
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """One layer of an adapter as it is trained and stored."""
+
+    a: Tensor  # (r, in) float32
+    b: Tensor  # (out, r) float32
+    diag: Tensor | None  # (r,) float32; None: plain LoRA
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as it lies on disk. `truncation` holds t of every layer, the rule already applied to its shape."""
+
+    config: AdapterConfig
+    meta: AdapterMeta
+    modules: Mapping[str, ModuleWeights]
+    truncation: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def method(self) -> AdapterMethod:
+        return self.config.method
+
+
+@dataclass(frozen=True)
+class ModuleDelta:
+    """One folded layer: b (out, r) holds s * diag(d), a (r, in), and t columns of the shared tail are subtracted."""
+
+    a: Tensor
+    b: Tensor
+    t: int
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """What an engine loads. `key` is "name@version", unique for ever; immutable."""
+
+    key: str
+    modules: Mapping[str, ModuleDelta]
+
+    @property
+    def max_rank(self) -> int:
+        return max((m.rank for m in self.modules.values()), default=0)
+
+    @property
+    def max_tail(self) -> int:
+        return max((m.t for m in self.modules.values()), default=0)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(m.a.nbytes + m.b.nbytes for m in self.modules.values())
+
+
+def fold(adapter: Adapter, key: str) -> AdapterWeights:
+    """The deltas of `adapter`, float32."""
+    modules = {}
+    for name, weights in adapter.modules.items():
+        b = weights.b if weights.diag is None else weights.b * weights.diag  # (out, r) * (r,)
+        b = b * adapter.config.scaling_of(name)
+        modules[name] = ModuleDelta(weights.a, b, adapter.truncation.get(name, 0))
+    return AdapterWeights(key, modules)
+
+
+def plain_lora(delta: ModuleDelta, tail: Tail) -> tuple[Tensor, Tensor]:
+    """The layer as one plain LoRA on the untouched base, scaling 1: A (r + t, in), B (out, r + t)."""
+    tail = tail.last(delta.t)
+    return torch.cat([delta.a, tail.q]), torch.cat([delta.b, -tail.p], dim=1)
