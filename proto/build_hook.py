@@ -1,7 +1,8 @@
-"""Generates the Python stubs of `proto/kasa/v1` when the package is installed or built, so that none are committed.
+"""Generates the Python stubs of `proto/kasa/v1` at every install, so that none are committed.
 
-They go to `gen/kasa/`. An editable install finds them there (`dev-mode-dirs` in pyproject.toml has `gen`); a wheel
-takes them in as the top-level package `kasa`. After a change of a .proto file, install again.
+They go to `gen/kasa/`. An editable install finds them there (`dev-mode-dirs` in pyproject.toml has
+`gen`); a wheel takes them in as the top-level package `kasa`. After a change of a .proto file,
+install again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class CustomBuildHook(BuildHookInterface):
     """Run by hatchling before it collects files."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """`version` is "editable" or "standard"; a source distribution carries the .proto files and no stubs."""
+        """`version` is "editable" or "standard". A source distribution has no stubs."""
         if self.target_name != "wheel":
             return
         root = Path(self.root)
@@ -27,7 +28,7 @@ class CustomBuildHook(BuildHookInterface):
 
 
 def generate_stubs(proto_dir: Path, out_dir: Path) -> Path:
-    """Write the package `kasa` of all protos under `proto_dir` to `out_dir`, in place of an older one."""
+    """Write the package `kasa` of all protos to `out_dir`, in place of an older one."""
     # Imported here: a source distribution is built without grpcio-tools.
     import grpc_tools
     from grpc_tools import protoc

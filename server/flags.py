@@ -1,0 +1,106 @@
+"""Command-line flags derived from configuration dataclasses, so that no default is written twice.
+
+A field `grpc_port: int` becomes `--grpc-port`; its help is the field's metadata "help". A field
+that holds another dataclass contributes that one's fields. One with metadata `flag=False` gets none.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Config = TypeVar("Config")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def options(*config_types: type) -> Callable[[Command], Command]:
+    """Decorator: a flag for every field of the configurations, whose names must differ."""
+    found = [option for config_type in config_types for option in _options(config_type)]
+    names = [name for name, _ in found]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    assert not repeated, f"fields of one name in two configurations: {repeated}"
+
+    def decorate(command: Command) -> Command:
+        for _, option in reversed(found):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def build(config_type: type[Config], values: Mapping[str, Any]) -> Config:
+    """The configuration that `values` (field name to value of its flag) describe."""
+    hints = typing.get_type_hints(config_type)
+    arguments: dict[str, Any] = {}
+    for field in _fields(config_type):
+        if is_dataclass(hints[field.name]):
+            arguments[field.name] = build(hints[field.name], values)
+        elif field.name in values:
+            arguments[field.name] = values[field.name]
+    return config_type(**arguments)
+
+
+def _fields(config_type: type) -> Iterator[Field[Any]]:
+    assert is_dataclass(config_type), config_type
+    return (f for f in fields(config_type) if f.init and f.metadata.get("flag", True))
+
+
+def _options(config_type: type) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+    hints = typing.get_type_hints(config_type)
+    for field in _fields(config_type):
+        hint = hints[field.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield from _options(hint)
+        else:
+            yield field.name, _option(field, hint)
+
+
+def _option(field: Field[Any], hint: Any) -> Callable[[Any], Any]:
+    flag = "--" + field.name.replace("_", "-")
+    default = _default(field)
+    settings: dict[str, Any] = {
+        "help": field.metadata.get("help"),
+        "show_default": default is not None and default != (),
+    }
+    if default is MISSING:
+        settings |= {"required": True, "show_default": False}
+    else:
+        settings["default"] = default
+    hint = _without_none(hint)
+    if hint is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", field.name, **settings)
+    if typing.get_origin(hint) is tuple:
+        settings |= {"multiple": True, "type": _param_type(typing.get_args(hint)[0])}
+    else:
+        settings["type"] = _param_type(hint)
+    return click.option(flag, field.name, **settings)
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _param_type(hint: Any) -> Any:
+    if typing.get_origin(hint) is typing.Literal:
+        return click.Choice(list(typing.get_args(hint)))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return click.Choice(hint)
+    if hint is Path:
+        return click.Path(path_type=Path)
+    assert hint in (str, int, float), f"no flag can be derived from the type {hint}"
+    return hint
