@@ -1,4 +1,4 @@
-"""Where models, tails and fingerprints are kept between runs."""
+"""Where this library keeps what it can make again: base models and their tails."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def kasa_home() -> Path:
-    """`$KASA_HOME`, else `~/.cache/kasa`."""
-    return Path(os.environ.get("KASA_HOME") or Path.home() / ".cache" / "kasa")
+    """`$KASA_HOME`, or `~/.cache/kasa`. The directory need not exist yet."""
+    return Path(os.environ.get("KASA_HOME") or "~/.cache/kasa").expanduser()

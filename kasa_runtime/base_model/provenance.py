@@ -1,0 +1,66 @@
+"""`kasa_source.json`: where a converted model came from, what made it, and whether all of it is
+there.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "kasa_source.json"
+FORMAT = 1
+"""Raised when the converter's output changes, so that caches made by an older one are made again.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a conversion started from. `name` is the catalog's alias or the file's name."""
+
+    name: str
+    sha256: str  # of the GGUF
+    licence: str = ""  # "" takes what the GGUF says
+
+
+def write(directory: Path, origin: Origin, details: dict[str, Any]) -> None:
+    """Record `origin`, the converter's versions and the sizes of the files that are now in
+    `directory`.
+
+    Holds no time and no path: converting the same file twice gives the same bytes.
+    """
+    record = {
+        "format": FORMAT,
+        "name": origin.name,
+        "gguf_sha256": origin.sha256,
+        "licence": origin.licence,
+        **details,
+        "converter": {name: version(name) for name in ("kasa-runtime", "transformers", "gguf")},
+        "files": {path.name: path.stat().st_size for path in sorted(directory.iterdir())},
+    }
+    (directory / FILE_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The record, or {} where there is none that can be read."""
+    try:
+        record = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether `directory` was converted by this format and every file has the size that it was
+    written with.
+    """
+    record = read(directory)
+    files = record.get("files")
+    if record.get("format") != FORMAT or not isinstance(files, dict):
+        return False
+    try:
+        return all((directory / name).stat().st_size == size for name, size in files.items())
+    except OSError:
+        return False
