@@ -1,0 +1,79 @@
+"""Settings of the engine. Flags of `kasa serve` are derived from the fields."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from kasa_runtime.errors import ConfigError
+
+EXECUTORS = ("auto", "torch")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Raises ConfigError on a value that cannot work."""
+
+    executor: str = field(
+        default="auto",
+        metadata={"help": "what runs the model: auto or torch", "choices": EXECUTORS},
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "weights and activations; auto: float32 on CPU, the model's own on CUDA",
+            "choices": DTYPES,
+        },
+    )
+    device: str = field(
+        default="auto", metadata={"help": "auto (CUDA when there is one), cpu, cuda or cuda:N"}
+    )
+    threads: int = field(
+        default=0, metadata={"help": "CPU threads of the model; 0: one per core the process may use"}
+    )
+    max_num_seqs: int = field(
+        default=64, metadata={"help": "requests that are in one step at the same time"}
+    )
+    max_queue: int = field(
+        default=256, metadata={"help": "requests that may wait; one more is refused with RetryInfo"}
+    )
+    max_num_batched_tokens: int = field(
+        default=512, metadata={"help": "token budget of a step; longer prompts take several steps"}
+    )
+    max_model_len: int = field(
+        default=0, metadata={"help": "context length in tokens; 0: what the model allows"}
+    )
+    kv_cache_gib: float = field(default=1.0, metadata={"help": "memory for the KV cache, in GiB"})
+    block_size: int = field(default=16, metadata={"help": "tokens per KV cache block"})
+    max_slots: int = field(
+        default=16, metadata={"help": "adapters that are in the engine at the same time"}
+    )
+    max_rank: int = field(default=256, metadata={"help": "largest rank r of an adapter's layer"})
+
+    def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise ConfigError(f"executor must be one of {EXECUTORS}, got {self.executor!r}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_slots", "max_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("threads", "max_queue", "max_model_len"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not self.kv_cache_gib > 0:
+            raise ConfigError(f"kv_cache_gib must be above 0, got {self.kv_cache_gib}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}), else not every running request can step"
+            )
+
+    @property
+    def num_threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return int(self.kv_cache_gib * 2**30)

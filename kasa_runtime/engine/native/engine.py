@@ -1,0 +1,336 @@
+"""The native engine: one thread owns the model and runs `step()`; the event loop talks to it through an inbox.
+
+A step is schedule, run, sample, postprocess. Requests join and leave between any two steps. Outputs cross to the event
+loop once per step, whatever the number of tokens. A change of adapters is made ready on a third thread and only
+committed, which is a swap of pointers, between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+
+import torch
+
+from kasa_runtime.adapter.lora import AdapterWeights
+from kasa_runtime.engine.base import Engine, EngineLimits, EngineOutput, EngineRequest, EngineStats
+from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.engine.native.block_manager import BlockManager
+from kasa_runtime.engine.native.executor import NO_SLOT, Commit, Executor, TailSource
+from kasa_runtime.engine.native.sampler import sample
+from kasa_runtime.engine.native.scheduler import ScheduledBatch, Scheduler
+from kasa_runtime.engine.native.sequence import Sequence
+from kasa_runtime.engine.native.slots import SlotTable
+from kasa_runtime.errors import CapacityExceeded, EngineDead, KasaError, Overloaded
+from kasa_runtime.types import FinishReason, Mode, TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+Delivery = EngineOutput | BaseException
+
+
+class NativeEngine(Engine):
+    """Continuous batching over an executor. All public methods: event loop only."""
+
+    def __init__(
+        self, config: EngineConfig, make_executor: Callable[[], Executor], tails: TailSource
+    ) -> None:
+        self.config = config
+        self._make_executor = make_executor
+        self._tails = tails
+        self._slots = SlotTable(config.max_slots)
+        self._merged_slot = NO_SLOT
+        self._residency = asyncio.Lock()  # one change of adapters is prepared at a time
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._mailboxes: dict[str, asyncio.Queue[Delivery]] = {}
+        self._commits: set[asyncio.Future[None]] = set()
+        self._closing = False
+        self._death: BaseException | None = None
+        self._num_steps = 0
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        started: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(
+            target=self._run, args=(started,), name="kasa-step", daemon=True
+        )
+        self._thread.start()
+        await started
+
+    async def close(self) -> None:
+        self._closing = True
+        self._inbox.put(lambda: None)
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self._death is None
+
+    def stats(self) -> EngineStats:
+        running = len(self._scheduler.running)
+        return EngineStats(
+            num_running=running,
+            num_waiting=max(0, len(self._mailboxes) - running),
+            kv_cache_usage=self._scheduler.blocks.usage,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_steps=self._num_steps,
+        )
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        self._require_alive()
+        self._admit_or_refuse(request)
+        seq = Sequence(request, self._slots.find(request.adapter))
+        mailbox: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._mailboxes[request.request_id] = mailbox
+        finished = False
+        try:
+            self._inbox.put(lambda: self._scheduler.add(seq))
+            while not finished:
+                delivery = await mailbox.get()
+                if isinstance(delivery, BaseException):
+                    raise delivery
+                finished = delivery.finish_reason is not None
+                yield delivery
+        finally:
+            if not finished:
+                seq.cancelled = True  # seen at the next step
+                await self._wait_for_end(mailbox)
+            del self._mailboxes[request.request_id]
+
+    async def load_adapter(self, adapter: AdapterWeights) -> None:
+        self._require_alive()
+        async with self._residency:
+            if adapter.key in self._slots:
+                return
+            if adapter.max_rank > self.config.max_rank:
+                raise CapacityExceeded(
+                    f"{adapter.key} has rank {adapter.max_rank}, this engine takes up to "
+                    f"{self.config.max_rank}; raise max_rank"
+                )
+            slot = self._slots.take(adapter.key)
+            try:
+                commit = await asyncio.to_thread(
+                    self._executor.prepare_load, slot, adapter, self._tails
+                )
+                await self._between_steps(commit)
+            except BaseException:
+                self._slots.release(adapter.key)
+                raise
+
+    async def unload_adapter(self, key: str) -> None:
+        async with self._residency:
+            if key not in self._slots:
+                return
+            slot = self._slots.find(key)
+            if slot == self._merged_slot:
+                raise CapacityExceeded(f"{key} is merged; unmerge it before unloading it")
+            commit = await asyncio.to_thread(self._executor.prepare_unload, slot)
+            await self._between_steps(commit)
+            self._slots.release(key)
+
+    async def merge_adapter(self, key: str) -> None:
+        async with self._residency:
+            slot = self._slots.find(key)
+            if slot == self._merged_slot:
+                return
+            commit = await asyncio.to_thread(self._executor.prepare_merge, slot, self._tails)
+            await self._between_steps(lambda: self._commit_merge(slot, commit))
+
+    async def unmerge_adapter(self) -> None:
+        async with self._residency:
+            if self._merged_slot == NO_SLOT:
+                return
+            commit = await asyncio.to_thread(self._executor.prepare_unmerge)
+            await self._between_steps(lambda: self._commit_merge(NO_SLOT, commit))
+
+    # --- step thread ---------------------------------------------------------------------------------
+
+    def step(self) -> list[EngineOutput]:
+        """One iteration. Step thread only; public so that tests can read it and drive it."""
+        now_s = time.monotonic()
+        outputs = [self._end(seq, why) for seq, why in self._scheduler.expired(now_s)]
+        batch = self._scheduler.schedule(now_s)
+        if not batch.entries:
+            return outputs
+        logits = self._executor.run(batch.pack())
+        tokens, logprobs = sample(logits, batch.sampling, self._executor.eos_ids)
+        self._num_steps += 1
+        return outputs + self._postprocess(batch, tokens, logprobs)
+
+    def _postprocess(
+        self, batch: ScheduledBatch, tokens: list[int], logprobs: list[TokenLogprobs | None]
+    ) -> list[EngineOutput]:
+        sampled = batch.sampling
+        for seq, num_tokens in batch.entries:
+            seq.num_computed += num_tokens
+        outputs = []
+        for seq, token, logprob in zip(sampled, tokens, logprobs, strict=True):
+            seq.token_ids.append(token)
+            reason = self._finish_reason(seq, token)
+            if reason is not None:
+                self._scheduler.finish(seq)
+            outputs.append(
+                EngineOutput(
+                    seq.request.request_id,
+                    (token,),
+                    (logprob,) if logprob is not None else (),
+                    reason,
+                    seq.scheduled_s,
+                    self._mode(seq),
+                )
+            )
+        return outputs
+
+    def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
+        sampling = seq.request.sampling
+        if token in self._executor.eos_ids and not sampling.ignore_eos:
+            return FinishReason.STOP
+        if sampling.max_tokens is not None and seq.num_output_tokens >= sampling.max_tokens:
+            return FinishReason.LENGTH
+        return FinishReason.LENGTH if len(seq.token_ids) >= self.limits.context_length else None
+
+    def _mode(self, seq: Sequence) -> Mode:
+        if seq.slot == NO_SLOT:
+            return Mode.BASE
+        return Mode.MERGED if seq.slot == self._merged_slot else Mode.BATCHED
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> EngineOutput:
+        self._scheduler.finish(seq)
+        return EngineOutput(
+            seq.request.request_id, (), (), reason, seq.scheduled_s, self._mode(seq)
+        )
+
+    def _run(self, started: asyncio.Future[None]) -> None:
+        """The step thread: set up, then serve the inbox and step until closed or broken."""
+        try:
+            self._set_up()
+        except BaseException as error:
+            self._death = error
+            self._on_loop(_settle, started, error)
+            return
+        self._on_loop(_settle, started, None)
+        try:
+            with torch.inference_mode():
+                while not self._closing:
+                    self._serve_inbox()
+                    outputs = self.step()
+                    if outputs:
+                        self._on_loop(self._dispatch, outputs)
+        except BaseException as error:
+            logger.exception("the step thread died")
+            self._death = error
+        self._on_loop(self._fail_all, self._death)
+        self._executor.close()
+
+    def _set_up(self) -> None:
+        executor = self._executor = self._make_executor()
+        block_size = self.config.block_size
+        self._scheduler = Scheduler(
+            BlockManager(executor.num_blocks, block_size),
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+        )
+        self.limits = EngineLimits(
+            # A sequence that fits the cache alone can always finish, whatever else is preempted for it.
+            context_length=min(executor.context_length, executor.num_blocks * block_size),
+            vocab_size=executor.vocab_size,
+            eos_ids=executor.eos_ids,
+            max_slots=self.config.max_slots,
+            max_rank=self.config.max_rank,
+            executor=executor.name,
+            dtype=executor.dtype,
+            num_layers=executor.num_layers,
+            num_parameters=executor.num_parameters,
+        )
+
+    def _serve_inbox(self) -> None:
+        """Run what arrived; wait for something to arrive when there is nothing to step."""
+        if not self._scheduler.has_work:
+            self._inbox.get()()
+        with suppress(queue.Empty):
+            while True:
+                self._inbox.get_nowait()()
+
+    def _commit_merge(self, slot: int, commit: Commit) -> None:
+        commit()
+        self._merged_slot = slot
+
+    # --- crossing between the threads ----------------------------------------------------------------
+
+    async def _between_steps(self, commit: Commit) -> None:
+        """Run `commit` on the step thread before its next step, and wait for it."""
+        self._require_alive()
+        done: asyncio.Future[None] = self._loop.create_future()
+        self._commits.add(done)
+        done.add_done_callback(self._commits.discard)
+
+        def on_step_thread() -> None:
+            try:
+                commit()
+            except BaseException as error:
+                self._on_loop(_settle, done, error)
+                raise
+            self._on_loop(_settle, done, None)
+
+        self._inbox.put(on_step_thread)
+        await done
+
+    def _on_loop(self, function: Callable[..., None], *args: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _dispatch(self, outputs: list[EngineOutput]) -> None:
+        for output in outputs:
+            mailbox = self._mailboxes.get(output.request_id)
+            if mailbox is not None:  # None: its reader was cancelled twice and did not wait
+                mailbox.put_nowait(output)
+
+    def _fail_all(self, cause: BaseException | None) -> None:
+        for request_id, mailbox in self._mailboxes.items():
+            if cause is None:
+                mailbox.put_nowait(EngineOutput(request_id, (), (), FinishReason.CANCELLED))
+            else:
+                mailbox.put_nowait(_dead(cause))
+        for commit in tuple(self._commits):
+            _settle(commit, _dead(cause))
+
+    async def _wait_for_end(self, mailbox: asyncio.Queue[Delivery]) -> None:
+        """After a cancel: until the step thread has let go of the sequence."""
+        while self.alive:
+            delivery = await mailbox.get()
+            if isinstance(delivery, BaseException) or delivery.finish_reason is not None:
+                return
+
+    def _admit_or_refuse(self, request: EngineRequest) -> None:
+        limit = self.config.max_num_seqs + self.config.max_queue
+        if len(self._mailboxes) >= limit:
+            raise Overloaded(
+                f"{len(self._mailboxes)} requests are running or waiting, the limit is {limit}",
+                retry_after_s=1.0,
+            )
+        if request.request_id in self._mailboxes:
+            raise KasaError(f"request id {request.request_id!r} is in use")
+
+    def _require_alive(self) -> None:
+        if self._death is not None or not self._thread.is_alive():
+            raise _dead(self._death)
+
+
+def _dead(cause: BaseException | None) -> EngineDead:
+    error = EngineDead(f"the engine has stopped ({cause or 'closed'}); restart the server")
+    error.__cause__ = cause
+    return error
+
+
+def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

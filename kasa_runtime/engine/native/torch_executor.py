@@ -1,0 +1,247 @@
+"""The torch executor: transformers' own model, its attention and its linear layers swapped. CPU and CUDA; the reference.
+
+No model definition lives here. The attention function is handed in through transformers' attention interface, and
+every linear layer is replaced by an `AdaptedLinear`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig
+from transformers.pytorch_utils import Conv1D
+
+from kasa_runtime.adapter.kasa import Tail, merged_weight
+from kasa_runtime.adapter.lora import AdapterWeights
+from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.engine.native.adapted_linear import (
+    AdaptedLinear,
+    Factors,
+    StepMasks,
+    pack_weight,
+    stack,
+)
+from kasa_runtime.engine.native.executor import (
+    NO_SLOT,
+    Commit,
+    Executor,
+    PackedBatch,
+    SequenceSlice,
+    TailSource,
+)
+from kasa_runtime.engine.native.paged_attention import (
+    NAME,
+    AttentionPlan,
+    KvCache,
+    paged_attention,
+)
+from kasa_runtime.errors import CapacityExceeded, ConfigError, ModelError
+
+logger = logging.getLogger(__name__)
+
+
+class TorchExecutor(Executor):
+    """One model on one device. Constructed on the step thread. Raises ModelError, ConfigError."""
+
+    name = "torch"
+
+    def __init__(self, model_dir: Path, config: EngineConfig) -> None:
+        self._device = _device(config)
+        if self._device.type == "cpu":
+            torch.set_num_threads(config.num_threads)
+        AttentionInterface.register(NAME, paged_attention)
+        self._model = _load_model(model_dir, _dtype(config, self._device), self._device)
+        self._num_parameters = self._model.num_parameters()
+        self._masks = StepMasks()
+        self._layers = _adapt_layers(self._model, self._masks)
+        self._adapters: dict[int, AdapterWeights] = {}  # by slot
+        self._tails: dict[str, Tail] = {}  # per layer, the largest that a resident adapter needs
+        self._describe(config)
+        self._cache = self._allocate_cache(config)
+        self._warm_up()
+
+    @torch.inference_mode()
+    def run(self, batch: PackedBatch) -> Tensor:
+        plan = AttentionPlan.make(batch, self._cache)
+        self._masks.begin(
+            [s.slot for s in batch.sequences], [s.num_tokens for s in batch.sequences], self._cache.keys[0]
+        )
+        output = self._model(
+            input_ids=batch.token_ids.to(self._device)[None],
+            position_ids=batch.positions.to(self._device)[None],
+            use_cache=False,
+            logits_to_keep=batch.logit_rows.to(self._device),
+            plan=plan,
+        )
+        return output.logits[0].float()  # type: ignore[no-any-return]
+
+    def prepare_load(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> Commit:
+        missing = [name for name in adapter.modules if name not in self._layers]
+        if missing:
+            raise CapacityExceeded(f"{adapter.key}: this engine cannot adapt {missing[0]}")
+        return self._prepare_residents({**self._adapters, slot: adapter}, set(adapter.modules), tails)
+
+    def prepare_unload(self, slot: int) -> Commit:
+        adapters = {s: a for s, a in self._adapters.items() if s != slot}
+        return self._prepare_residents(adapters, set(self._adapters[slot].modules), None)
+
+    def prepare_merge(self, slot: int, tails: TailSource) -> Commit:
+        merged = {}
+        for name, delta in self._adapters[slot].modules.items():
+            weight = self._layers[name].pristine_weight()
+            tail = tails.get(name, delta.t)
+            merged[name] = pack_weight(merged_weight(weight, delta.a, delta.b, tail))
+
+        def commit() -> None:
+            for name, layer in self._layers.items():
+                if name in merged:
+                    layer.set_merged(merged[name])
+                else:
+                    layer.set_pristine()
+            self._masks.merged_slot = slot
+
+        return commit
+
+    def prepare_unmerge(self) -> Commit:
+        def commit() -> None:
+            for layer in self._layers.values():
+                layer.set_pristine()
+            self._masks.merged_slot = NO_SLOT
+
+        return commit
+
+    def close(self) -> None:
+        del self._model, self._layers, self._cache
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Dense copies of the weights that are served now, by layer. For tests and checks."""
+        from kasa_runtime.engine.native.adapted_linear import unpack_weight
+
+        return {name: unpack_weight(layer.weight) for name, layer in self._layers.items()}
+
+    def _prepare_residents(
+        self, adapters: dict[int, AdapterWeights], changed: set[str], tails: TailSource | None
+    ) -> Commit:
+        """Stack the factors of the `changed` layers anew for these residents."""
+        factors: dict[str, Factors | None] = {}
+        kept_tails: dict[str, Tail | None] = {}
+        for name in changed:
+            deltas = {s: a.modules[name] for s, a in adapters.items() if name in a.modules}
+            t = max((d.t for d in deltas.values()), default=0)
+            kept_tails[name] = self._tail(name, t, tails)
+            like = self._layers[name].like
+            factors[name] = stack(deltas, kept_tails[name], like) if deltas else None
+
+        def commit() -> None:
+            for name, value in factors.items():
+                self._layers[name].factors = value
+            self._adapters = adapters
+            for name, tail in kept_tails.items():
+                self._tails.pop(name, None)
+                if tail is not None:
+                    self._tails[name] = tail
+
+        return commit
+
+    def _tail(self, name: str, t: int, tails: TailSource | None) -> Tail | None:
+        if t == 0:
+            return None
+        held = self._tails.get(name)
+        if held is not None and held.rank >= t:
+            return held.last(t)
+        assert tails is not None, "unloading never needs a larger tail"
+        return tails.get(name, t)
+
+    def _describe(self, config: EngineConfig) -> None:
+        text = self._model.config.get_text_config()
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
+        self.vocab_size = text.vocab_size
+        limit = getattr(text, "max_position_embeddings", None) or 2048
+        if config.max_model_len > limit:
+            raise ConfigError(f"max_model_len {config.max_model_len} is above the model's {limit}")
+        self.context_length = config.max_model_len or limit
+        self.num_layers = text.num_hidden_layers
+        self.num_parameters = self._num_parameters
+        self.eos_ids = _eos_ids(self._model)
+
+    def _allocate_cache(self, config: EngineConfig) -> KvCache:
+        """All of the KV cache at once: memory that is touched first at start-up is not touched first in a step."""
+        text = self._model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        token_bytes = 2 * self.num_layers * heads * head_dim * self._model.dtype.itemsize
+        wanted = -(-self.context_length * config.max_num_seqs // config.block_size)
+        self.num_blocks = min(config.kv_cache_bytes // (token_bytes * config.block_size), wanted)
+        if self.num_blocks < 1:
+            raise ConfigError(
+                f"kv_cache_gib = {config.kv_cache_gib} holds no block of {config.block_size} tokens of "
+                f"{token_bytes} bytes; raise it"
+            )
+        shape = (self.num_blocks * config.block_size, heads, head_dim)
+
+        def zeros() -> list[Tensor]:
+            like = {"dtype": self._model.dtype, "device": self._device}
+            return [torch.zeros(shape, **like) for _ in range(self.num_layers)]
+
+        return KvCache(zeros(), zeros(), config.block_size)
+
+    def _warm_up(self) -> None:
+        """One step on block 0, so that an architecture that cannot be served fails here and not in a request."""
+        length = min(2, self._cache.block_size)
+        seq = SequenceSlice(length, 0, [0], NO_SLOT)
+        try:
+            self.run(PackedBatch.pack([0] * length, [seq], [length - 1]))
+        except (TypeError, RuntimeError, AttributeError) as error:
+            raise ModelError(f"{type(self._model).__name__} does not run on this engine: {error}") from error
+
+
+def _load_model(model_dir: Path, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, attn_implementation=NAME, use_safetensors=True
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{model_dir}: cannot load this model: {error}") from error
+    return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
+
+
+def _adapt_layers(model: nn.Module, masks: StepMasks) -> dict[str, AdaptedLinear]:
+    """Replace every linear layer in place; the new ones by path."""
+    layers: dict[str, AdaptedLinear] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        parent, _, attribute = name.rpartition(".")
+        layers[name] = AdaptedLinear(weight.data, module.bias, masks)
+        setattr(model.get_submodule(parent), attribute, layers[name])
+    return layers
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(config.device)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}") from error
+
+
+def _dtype(config: EngineConfig, device: torch.device) -> Any:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.float32 if device.type == "cpu" else "auto"
+
+
+def _eos_ids(model: nn.Module) -> frozenset[int]:
+    generation: GenerationConfig | None = getattr(model, "generation_config", None)
+    eos = generation.eos_token_id if generation else None
+    if eos is None:
+        eos = model.config.eos_token_id  # type: ignore[union-attr]
+    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
