@@ -1,4 +1,4 @@
-"""The edge's own settings. Flags of `kasa serve` are derived from these fields, see `flags.py`."""
+"""The edge's own settings. `kasa_runtime/commands/flags.py` derives flags of `kasa serve` from them."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from kasa_runtime.commands.flags import build, options
 from kasa_runtime.runtime import RuntimeConfig
 from server.config import ServerConfig
-from server.flags import build, options
 
 
 @click.command("serve", context_settings={"auto_envvar_prefix": "KASA", "max_content_width": 100})

@@ -1,7 +1,7 @@
 """Command-line flags derived from configuration dataclasses, so that no default is written twice.
 
 A field `grpc_port: int` becomes `--grpc-port`; its help is the field's metadata "help". A field
-that holds another dataclass contributes that one's fields. One with metadata `flag=False` gets none.
+that holds another dataclass contributes that one's fields; one with metadata `flag=False`, none.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ Config = TypeVar("Config")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def options(*config_types: type) -> Callable[[Command], Command]:
-    """Decorator: a flag for every field of the configurations, whose names must differ."""
-    found = [option for config_type in config_types for option in _options(config_type)]
+Settings = Mapping[str, Any]
+
+
+def options(*config_types: type, **changed: Settings) -> Callable[[Command], Command]:
+    """Decorator: a flag for every field of the configurations, whose names must differ.
+
+    `changed` has settings of `click.option` for the flags of some fields, by field name.
+    """
+    found = [option for config_type in config_types for option in _options(config_type, changed)]
     names = [name for name, _ in found]
     repeated = sorted({name for name in names if names.count(name) > 1})
     assert not repeated, f"fields of one name in two configurations: {repeated}"
@@ -52,17 +58,19 @@ def _fields(config_type: type) -> Iterator[Field[Any]]:
     return (f for f in fields(config_type) if f.init and f.metadata.get("flag", True))
 
 
-def _options(config_type: type) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+def _options(
+    config_type: type, changed: Mapping[str, Settings]
+) -> Iterator[tuple[str, Callable[[Any], Any]]]:
     hints = typing.get_type_hints(config_type)
     for field in _fields(config_type):
         hint = hints[field.name]
         if is_dataclass(hint) and isinstance(hint, type):
-            yield from _options(hint)
+            yield from _options(hint, changed)
         else:
-            yield field.name, _option(field, hint)
+            yield field.name, _option(field, hint, changed.get(field.name, {}))
 
 
-def _option(field: Field[Any], hint: Any) -> Callable[[Any], Any]:
+def _option(field: Field[Any], hint: Any, changed: Settings) -> Callable[[Any], Any]:
     flag = "--" + field.name.replace("_", "-")
     default = _default(field)
     settings: dict[str, Any] = {
@@ -75,12 +83,12 @@ def _option(field: Field[Any], hint: Any) -> Callable[[Any], Any]:
         settings["default"] = default
     hint = _without_none(hint)
     if hint is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", field.name, **settings)
-    if typing.get_origin(hint) is tuple:
+        flag = f"{flag}/--no-{flag[2:]}"
+    elif typing.get_origin(hint) is tuple:
         settings |= {"multiple": True, "type": _param_type(typing.get_args(hint)[0])}
     else:
         settings["type"] = _param_type(hint)
-    return click.option(flag, field.name, **settings)
+    return click.option(flag, field.name, **{**settings, **changed})
 
 
 def _default(field: Field[Any]) -> Any:

@@ -1,0 +1,207 @@
+"""Clients of a server, for threads (`Client`) and for asyncio (`AsyncClient`).
+
+With `client_wire.py` the one place outside `server/` that knows gRPC; callers see the library's
+types. Errors are those of `kasa_runtime.errors`; a deadline that passes is a TimeoutError; a server
+that does not answer is a KasaError. Methods that both clients have are described at `Client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from kasa_runtime import client_wire as wire
+from kasa_runtime.client_wire import GenerateOptions, Progress, UploadOptions
+from kasa_runtime.types import AdapterInfo, ChatMessage, ModelInfo, TokenChunk
+
+__all__ = ["AsyncClient", "Client", "GenerateOptions", "Progress", "UploadOptions"]
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1)]
+
+Result = TypeVar("Result")
+
+
+class Client:
+    """Calls a server, from any thread. Close it, or use `with`."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self._address = address
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stubs = wire.Stubs(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> TokenChunk:
+        """A whole generation, as one chunk."""
+        return self._do(wire.generate(prompt, options))
+
+    def stream(
+        self, prompt: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> Iterator[TokenChunk]:
+        """A generation as it comes. Closing the iterator cancels it."""
+        request = wire.generate_request(prompt, options)
+        call = self._stubs.generation.GenerateStream(request, **wire.call_options(options))
+        try:
+            for message in call:
+                yield wire.chunk(message)
+        except grpc.RpcError as error:
+            raise wire.error(error, self._address) from None
+        finally:
+            call.cancel()
+
+    def upload(self, directory: Path | str, **options: Unpack[UploadOptions]) -> AdapterInfo:
+        """Publish a directory. Raises AdapterInvalid, BaseMismatch, VersionConflict."""
+        return self._do(wire.upload(Path(directory), options))
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        """All adapters by name, those in quarantine too."""
+        infos, token = self._do(wire.list_adapters(""))
+        while token:
+            page, token = self._do(wire.list_adapters(token))
+            infos += page
+        return infos
+
+    def get_adapter(self, name: str) -> AdapterInfo:
+        """An adapter, also one in quarantine. Raises AdapterNotFound."""
+        return self._do(wire.to_adapter("GetAdapter", name=name))
+
+    def delete_adapter(self, name: str) -> None:
+        """Delete all versions. Raises AdapterNotFound, AdapterInUse."""
+        return self._do(wire.delete_adapter(name))
+
+    def rollback_adapter(self, name: str, version: str = "") -> AdapterInfo:
+        """Make an older version current; "" is the one before. Raises AdapterNotFound."""
+        return self._do(wire.to_adapter("RollbackAdapter", name=name, version=version))
+
+    def load_adapter(self, name: str) -> AdapterInfo:
+        """Bring into the engine ahead of the first request."""
+        return self._do(wire.to_adapter("LoadAdapter", name=name))
+
+    def unload_adapter(self, name: str) -> AdapterInfo:
+        """Take out of the engine once no request holds it. Raises AdapterInUse when merged."""
+        return self._do(wire.to_adapter("UnloadAdapter", name=name))
+
+    def merge_adapter(self, name: str) -> AdapterInfo:
+        """Put inside the weights, in place of one that was merged before."""
+        return self._do(wire.to_adapter("MergeAdapter", name=name))
+
+    def unmerge_adapter(self) -> None:
+        """Put the pristine weights back."""
+        return self._do(wire.unmerge_adapter())
+
+    def get_model(self) -> ModelInfo:
+        """The base model."""
+        return self._do(wire.get_model())
+
+    def tokenize(
+        self, prompt: str | None = None, *, messages: Sequence[ChatMessage] | None = None
+    ) -> list[int]:
+        """Token ids as `generate` would use them."""
+        return self._do(wire.tokenize(prompt, messages))
+
+    def _do(self, call: wire.UnaryCall[Result]) -> Result:
+        try:
+            return call.result(call.method(self._stubs)(call.request, **call.options))
+        except grpc.RpcError as error:
+            raise wire.error(error, self._address) from None
+
+
+class AsyncClient:
+    """Calls a server from the event loop in which it is made. Close it, or use `async with`."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self._address = address
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stubs = wire.Stubs(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def generate(
+        self, prompt: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> TokenChunk:
+        return await self._do(wire.generate(prompt, options))
+
+    async def stream(
+        self, prompt: str | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerator[TokenChunk]:
+        request = wire.generate_request(prompt, options)
+        call = self._stubs.generation.GenerateStream(request, **wire.call_options(options))
+        try:
+            async for message in call:
+                yield wire.chunk(message)
+        except grpc.RpcError as error:
+            raise wire.error(error, self._address) from None
+        finally:
+            call.cancel()
+
+    async def upload(self, directory: Path | str, **options: Unpack[UploadOptions]) -> AdapterInfo:
+        call = await asyncio.to_thread(wire.upload, Path(directory), options)
+        return await self._do(replace(call, request=_in_threads(call.request)))
+
+    async def list_adapters(self) -> list[AdapterInfo]:
+        infos, token = await self._do(wire.list_adapters(""))
+        while token:
+            page, token = await self._do(wire.list_adapters(token))
+            infos += page
+        return infos
+
+    async def get_adapter(self, name: str) -> AdapterInfo:
+        return await self._do(wire.to_adapter("GetAdapter", name=name))
+
+    async def delete_adapter(self, name: str) -> None:
+        return await self._do(wire.delete_adapter(name))
+
+    async def rollback_adapter(self, name: str, version: str = "") -> AdapterInfo:
+        return await self._do(wire.to_adapter("RollbackAdapter", name=name, version=version))
+
+    async def load_adapter(self, name: str) -> AdapterInfo:
+        return await self._do(wire.to_adapter("LoadAdapter", name=name))
+
+    async def unload_adapter(self, name: str) -> AdapterInfo:
+        return await self._do(wire.to_adapter("UnloadAdapter", name=name))
+
+    async def merge_adapter(self, name: str) -> AdapterInfo:
+        return await self._do(wire.to_adapter("MergeAdapter", name=name))
+
+    async def unmerge_adapter(self) -> None:
+        return await self._do(wire.unmerge_adapter())
+
+    async def get_model(self) -> ModelInfo:
+        return await self._do(wire.get_model())
+
+    async def tokenize(
+        self, prompt: str | None = None, *, messages: Sequence[ChatMessage] | None = None
+    ) -> list[int]:
+        return await self._do(wire.tokenize(prompt, messages))
+
+    async def _do(self, call: wire.UnaryCall[Result]) -> Result:
+        try:
+            return call.result(await call.method(self._stubs)(call.request, **call.options))
+        except grpc.RpcError as error:
+            raise wire.error(error, self._address) from None
+
+
+async def _in_threads(messages: Iterator[Any]) -> AsyncIterator[Any]:
+    """An iterator that reads files, without holding up the event loop."""
+    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+        yield message

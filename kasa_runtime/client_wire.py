@@ -1,0 +1,318 @@
+"""The clients' half of the wire: requests out of arguments, types and errors out of responses.
+
+Both clients make the same `UnaryCall`s; only how they wait for the answer differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Generic, TypedDict, TypeVar
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from kasa.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+
+from kasa_runtime import errors
+from kasa_runtime import types as t
+
+CHUNK_BYTES = 2**20
+REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
+OPTIONAL_FILES = ("kasa_meta.json", "README.md")
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+"""Called with the bytes sent so far, and the bytes of the whole upload."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What a generation takes beside the prompt; prompt, messages or token_ids must be given."""
+
+    messages: Sequence[t.ChatMessage] | None
+    token_ids: Sequence[int] | None
+    adapter: str  # "" = the base model (default), "name" or "name@version"
+    sampling: t.SamplingParams
+    timeout_s: float | None  # default: none
+    request_id: str  # for the server's log
+
+
+class UploadOptions(TypedDict, total=False):
+    """What an upload takes beside the directory."""
+
+    name: str | None  # default: the directory's
+    expected_version: str | None  # only onto this version; "" = only if the name is new
+    progress: Progress | None
+
+
+class Stubs:
+    """The generated stubs of one channel, of either kind."""
+
+    def __init__(self, channel: Any) -> None:
+        self.generation = generation_pb2_grpc.GenerationServiceStub(channel)
+        self.adapters = adapters_pb2_grpc.AdapterServiceStub(channel)
+        self.model = model_pb2_grpc.ModelServiceStub(channel)
+
+
+@dataclass(frozen=True)
+class UnaryCall(Generic[Result]):
+    """A call with one response: which method, with what, and what the response means."""
+
+    method: Callable[[Stubs], Any]
+    request: Any
+    result: Callable[[Any], Result]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# Calls
+
+
+def generate(prompt: str | None, options: GenerateOptions) -> UnaryCall[t.TokenChunk]:
+    request = generate_request(prompt, options)
+    return UnaryCall(lambda s: s.generation.Generate, request, chunk, call_options(options))
+
+
+def upload(directory: Path, options: UploadOptions) -> UnaryCall[t.AdapterInfo]:
+    """The request is an iterator that reads files as it goes."""
+    messages = upload_messages(directory, options)
+    return UnaryCall(lambda s: s.adapters.UploadAdapter, messages, _adapter_of)
+
+
+def list_adapters(token: str) -> UnaryCall[tuple[list[t.AdapterInfo], str]]:
+    """One page, and the token of the next."""
+
+    def result(response: Any) -> tuple[list[t.AdapterInfo], str]:
+        return [adapter(message) for message in response.adapters], response.next_page_token
+
+    request = adapters_pb2.ListAdaptersRequest(page_token=token)
+    return UnaryCall(lambda s: s.adapters.ListAdapters, request, result)
+
+
+def to_adapter(method: str, **arguments: str) -> UnaryCall[t.AdapterInfo]:
+    """A method of AdapterService that answers with the adapter."""
+    request = getattr(adapters_pb2, f"{method}Request")(**arguments)
+    return UnaryCall(lambda s: getattr(s.adapters, method), request, _adapter_of)
+
+
+def delete_adapter(name: str) -> UnaryCall[None]:
+    request = adapters_pb2.DeleteAdapterRequest(name=name)
+    return UnaryCall(lambda s: s.adapters.DeleteAdapter, request, lambda _: None)
+
+
+def unmerge_adapter() -> UnaryCall[None]:
+    request = adapters_pb2.UnmergeAdapterRequest()
+    return UnaryCall(lambda s: s.adapters.UnmergeAdapter, request, lambda _: None)
+
+
+def get_model() -> UnaryCall[t.ModelInfo]:
+    def result(response: Any) -> t.ModelInfo:
+        return _same(t.ModelInfo, response.model)
+
+    return UnaryCall(lambda s: s.model.GetModel, model_pb2.GetModelRequest(), result)
+
+
+def tokenize(prompt: str | None, messages: Sequence[t.ChatMessage] | None) -> UnaryCall[list[int]]:
+    _require_one(prompt=prompt, messages=messages)
+    request = model_pb2.TokenizeRequest(prompt=prompt, chat=_chat(messages))
+    return UnaryCall(lambda s: s.model.Tokenize, request, lambda r: list(r.token_ids))
+
+
+# Requests
+
+
+def generate_request(prompt: str | None, options: GenerateOptions) -> Any:
+    messages, token_ids = options.get("messages"), options.get("token_ids")
+    _require_one(prompt=prompt, messages=messages, token_ids=token_ids)
+    sampling = asdict(options.get("sampling") or t.SamplingParams())
+    return generation_pb2.GenerateRequest(
+        adapter=options.get("adapter", ""),
+        prompt=prompt,
+        chat=_chat(messages),
+        tokens=None if token_ids is None else generation_pb2.TokenIds(ids=token_ids),
+        sampling=generation_pb2.SamplingParams(**sampling),
+    )
+
+
+def call_options(options: GenerateOptions) -> dict[str, Any]:
+    """Timeout and metadata of a generation's call."""
+    request_id = options.get("request_id")
+    metadata = (("x-request-id", request_id),) if request_id else ()
+    return {"timeout": options.get("timeout_s"), "metadata": metadata}
+
+
+def _require_one(**inputs: object) -> None:
+    given = [name for name, value in inputs.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise errors.InvalidRequest("input", f"give one of {', '.join(inputs)}, got {found}")
+
+
+def _chat(messages: Sequence[t.ChatMessage] | None) -> Any:
+    if messages is None:
+        return None
+    wire = [generation_pb2.ChatMessage(role=m.role, content=m.content) for m in messages]
+    return generation_pb2.Chat(messages=wire)
+
+
+def upload_messages(directory: Path, options: UploadOptions) -> Iterator[Any]:
+    """The manifest, then the files in chunks. Raises AdapterInvalid when a file is missing."""
+    missing = [name for name in REQUIRED_FILES if not (directory / name).is_file()]
+    if missing:
+        raise errors.AdapterInvalid(f"{directory} is no adapter: it has no {', '.join(missing)}")
+    optional = [name for name in OPTIONAL_FILES if (directory / name).is_file()]
+    paths = [directory / name for name in (*REQUIRED_FILES, *optional)]
+    manifest = adapters_pb2.UploadManifest(
+        name=options.get("name") or directory.resolve().name,
+        files=[_upload_file(path) for path in paths],
+        expected_version=options.get("expected_version"),
+    )
+    return _upload_messages(manifest, paths, options.get("progress"))
+
+
+def _upload_messages(manifest: Any, paths: list[Path], progress: Progress | None) -> Iterator[Any]:
+    yield adapters_pb2.UploadAdapterRequest(manifest=manifest)
+    num_sent, num_bytes = 0, sum(file.size for file in manifest.files)
+    for path in paths:
+        offset = 0
+        with path.open("rb") as file:
+            while data := file.read(CHUNK_BYTES):
+                chunk = adapters_pb2.UploadChunk(path=path.name, offset=offset, data=data)
+                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+                offset += len(data)
+                num_sent += len(data)
+                if progress is not None:
+                    progress(num_sent, num_bytes)
+
+
+def _upload_file(path: Path) -> Any:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return adapters_pb2.UploadFile(path=path.name, size=path.stat().st_size, sha256=digest)
+
+
+# Responses
+
+
+def chunk(message: Any) -> t.TokenChunk:
+    """A response of Generate, or a message of GenerateStream."""
+    usage, timing = message.usage, message.timing
+    return t.TokenChunk(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(_logprobs(entry) for entry in message.logprobs),
+        finish_reason=_enum(t.FinishReason, generation_pb2.FinishReason, message.finish_reason),
+        usage=_same(t.Usage, usage) if message.HasField("usage") else None,
+        adapter=message.adapter,
+        mode=_enum(t.Mode, generation_pb2.Mode, message.mode) or t.Mode.BASE,
+        timing=_same(t.Timing, timing) if message.HasField("timing") else None,
+    )
+
+
+def adapter(message: Any) -> t.AdapterInfo:
+    method = _enum(t.AdapterMethod, adapters_pb2.AdapterMethod, message.method)
+    rule = adapters_pb2.TruncationRule.Name(message.truncation.rule)
+    return t.AdapterInfo(
+        name=message.name,
+        version=message.version,
+        state=_enum(t.AdapterState, adapters_pb2.AdapterState, message.state),
+        rank=message.rank,
+        alpha=message.alpha,
+        method=method or t.AdapterMethod.LORA,
+        truncation_rank=message.truncation.rank,
+        truncation_rule=rule.removeprefix("TRUNCATION_RULE_").lower(),
+        target_modules=tuple(message.target_modules),
+        base_fingerprint=message.base_fingerprint,
+        size_bytes=message.size_bytes,
+        create_time=message.create_time.ToMicroseconds() / 1e6,
+        in_flight=message.in_flight,
+        reason=message.reason,
+    )
+
+
+def _adapter_of(response: Any) -> t.AdapterInfo:
+    return adapter(response.adapter)
+
+
+def _logprobs(entry: Any) -> t.TokenLogprobs:
+    top = tuple((each.token_id, each.logprob) for each in entry.top)
+    return t.TokenLogprobs(entry.token_id, entry.logprob, top)
+
+
+def _same(result: type[Result], message: Any) -> Result:
+    """A dataclass from a message with the same fields."""
+    return result(**{f.name: getattr(message, f.name) for f in fields(result)})
+
+
+def _enum(ours: Callable[[str], Result], wire: Any, number: int) -> Any:
+    """The wire's FINISH_REASON_STOP is our FinishReason.STOP; its zero is None."""
+    zero = wire.Name(0)
+    prefix = zero.removesuffix("UNSPECIFIED")
+    return ours(wire.Name(number).removeprefix(prefix).lower()) if number else None
+
+
+# Errors
+
+
+def reason(error_type: type[BaseException]) -> str:
+    """`ErrorInfo.reason` of an error class: AdapterNotFound is ADAPTER_NOT_FOUND."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error_type.__name__).upper()
+
+
+def _tree(error_type: type[errors.KasaError]) -> Iterator[type[errors.KasaError]]:
+    yield error_type
+    for subclass in error_type.__subclasses__():
+        yield from _tree(subclass)
+
+
+_CLASSES = {reason(error_type): error_type for error_type in _tree(errors.KasaError)}
+
+
+def error(rpc_error: Any, address: str) -> Exception:
+    """The library's error that the server raised, found in the status's details."""
+    message = rpc_error.details() or ""
+    details = _details(rpc_error)
+    info = details.get("ErrorInfo")
+    error_type = _CLASSES.get(info.reason) if info is not None else None
+    if error_type is None:
+        return _unexplained(rpc_error.code(), message, address)
+    if issubclass(error_type, errors.InvalidRequest):
+        violation = details["BadRequest"].field_violations[0]
+        return error_type(violation.field, violation.description)
+    if issubclass(error_type, errors.Overloaded):
+        delay = details["RetryInfo"].retry_delay
+        return error_type(message, retry_after_s=delay.ToNanoseconds() / 1e9)
+    if issubclass(error_type, errors.AdapterError):
+        return error_type(message, name=info.metadata.get("adapter", ""))
+    return error_type(message)
+
+
+def _unexplained(code: grpc.StatusCode, message: str, address: str) -> Exception:
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return TimeoutError(message)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return errors.KasaError(
+            f"no answer from {address} ({message}); is `kasa serve` running there?"
+        )
+    return errors.KasaError(f"{address} answered {code.name}: {message}")
+
+
+def _details(rpc_error: Any) -> dict[str, Any]:
+    status = rpc_status.from_call(rpc_error)
+    found = {}
+    for packed in status.details if status is not None else ():
+        name = packed.TypeName().removeprefix("google.rpc.")
+        message_type = getattr(error_details_pb2, name, None)
+        if message_type is not None:
+            found[name] = message_type()
+            packed.Unpack(found[name])
+    return found
