@@ -62,9 +62,7 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 
 def require_free(directory: Path, num_bytes: int) -> None:
-    """Refuse before the work rather than in its middle. Raises OSError (ENOSPC); `directory` must
-    exist.
-    """
+    """Raise OSError (ENOSPC) now rather than in the middle of the work. `directory` must exist."""
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         message = f"{num_bytes / 1e6:.0f} MB are needed here, {free / 1e6:.0f} MB are free"
@@ -86,15 +84,12 @@ def _locked(final: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _build(final: Path, build: Callable[[Path], None]) -> None:
-    for leftover in final.parent.glob(
-        f".{final.name}.build-*"
-    ):  # the lock is ours: nobody builds these
+    prefix = f".{final.name}.build-"
+    for leftover in final.parent.glob(f"{prefix}*"):  # the lock is ours: nobody builds these
         shutil.rmtree(leftover, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.build-", dir=final.parent))
+    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
     try:
-        made = (
-            staging / "made"
-        )  # mkdtemp's own directory is for its owner only; this one follows the umask
+        made = staging / "made"  # follows the umask, as mkdtemp's own directory does not
         made.mkdir()
         build(made)
         _sync(made)
@@ -106,9 +101,7 @@ def _build(final: Path, build: Callable[[Path], None]) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Put the files on the disk before they get their name, so that a power cut cannot leave torn
-    weights.
-    """
+    """Put the files on the disk before they get their name: a power cut must not tear weights."""
     for path in (*sorted(directory.rglob("*")), directory):
         descriptor = os.open(path, os.O_RDONLY)
         try:

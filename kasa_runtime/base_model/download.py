@@ -15,16 +15,13 @@ import httpx
 from kasa_runtime.base_model.progress import Progress
 from kasa_runtime.errors import ModelError
 
-_CHUNK_BYTES = 1 << 20
 _TIMEOUT = httpx.Timeout(60.0)
 _NUM_TRIES = 4
 _CA_VARIABLES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 class TransportError(ModelError):
-    """The bytes could not be moved: no connection, or the server refused. What arrived stays for
-    the next try.
-    """
+    """No connection, or the server refused. What arrived so far stays for the next try."""
 
 
 def download(
@@ -64,9 +61,7 @@ def _matches(path: Path, sha256: str) -> bool:
 
 
 def _fetch(url: str, part: Path, description: str, progress: Progress) -> None:
-    """Bring `part` to its full length. Goes on after a broken connection as long as each try adds
-    bytes.
-    """
+    """Bring `part` to its full length, over a few broken connections if each try adds bytes."""
     if urlsplit(url).scheme == "file":
         shutil.copyfile(url2pathname(urlsplit(url).path), part)
         return
@@ -106,15 +101,13 @@ def _stream(
             progress.track(description, total=total, done=have, unit="bytes") as advance,
             part.open("ab" if have else "wb") as file,
         ):
-            for chunk in response.iter_bytes(_CHUNK_BYTES):
+            for chunk in response.iter_raw():  # as they come: what is held back is lost in a break
                 file.write(chunk)
                 advance(len(chunk))
 
 
 def _continues(response: httpx.Response, have: int) -> bool:
-    """Whether the body is the rest after `have` bytes; a server without ranges sends the whole
-    again.
-    """
+    """Whether the body is the rest after `have` bytes; servers without ranges send the whole."""
     content_range: str = response.headers.get("Content-Range", "")
     return response.status_code == httpx.codes.PARTIAL_CONTENT and content_range.startswith(
         f"bytes {have}-"

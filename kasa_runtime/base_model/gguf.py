@@ -39,8 +39,7 @@ _LOAD_ERRORS = (ValueError, KeyError, IndexError, RuntimeError, NotImplementedEr
 
 
 def convert(gguf: Path, directory: Path, origin: provenance.Origin) -> None:
-    """Write `gguf` as config.json, model.safetensors (float32), tokenizer, chat template and
-    generation config.
+    """Write `gguf` into `directory` as float32 safetensors, configs, tokenizer and chat template.
 
     The same file gives the same bytes. Tied embeddings are stored once. Raises ModelError where the
     file is torn, its architecture is not supported, or some of it cannot be expressed exactly.
@@ -84,9 +83,7 @@ def _load(gguf: Path) -> tuple[PreTrainedModel, PretrainedConfig]:
 
 
 def _refuse_rope_scaling(gguf: Path, header: GgufHeader) -> None:
-    """transformers reads neither of the two ways in which a GGUF states it, and would serve other
-    positions.
-    """
+    # transformers reads neither of the two ways of stating it, and would serve other positions
     scaling = header.of_architecture("rope.scaling.type", "none")
     if "rope_freqs.weight" in header.tensor_types or scaling != "none":
         raise ModelError(

@@ -1,6 +1,4 @@
-"""The tokenizer of a GGUF file: transformers' reading, corrected where it ignores what the file
-says.
-"""
+"""The tokenizer of a GGUF file: transformers' reading, made to follow what the file says."""
 
 from __future__ import annotations
 
@@ -17,12 +15,11 @@ from kasa_runtime.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-# `tokenizer.ggml.pre` names how text is cut before the merges. llama.cpp cuts these at every digit
-# first ...
+# `tokenizer.ggml.pre` names how text is cut before the merges. llama.cpp cuts these at digits,
 _SINGLE_DIGITS = frozenset(
     {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 )
-# ... and these as GPT-2 does, which is what transformers builds where it does not know better.
+# these as GPT-2 does, which is what transformers builds where it does not know better.
 _PLAIN = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais"})
 
 
@@ -71,9 +68,8 @@ def _cut_as_the_file_says(gguf: Path, header: GgufHeader, backend: Any) -> None:
 
 
 def _add_what_the_file_says(header: GgufHeader, tokenizer: Any) -> None:
-    """Whether `tokenizer(text)` adds BOS and EOS. Where the file is silent, llama.cpp adds BOS to
-    SentencePiece.
-    """
+    """Set whether `tokenizer(text)` adds BOS and EOS."""
+    # where the file is silent, llama.cpp adds BOS to SentencePiece only
     is_sentencepiece = header.of_tokenizer("model") == "llama"
     tokenizer.add_bos_token = bool(header.of_tokenizer("add_bos_token", is_sentencepiece))
     tokenizer.add_eos_token = bool(header.of_tokenizer("add_eos_token", False))

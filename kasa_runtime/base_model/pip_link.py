@@ -18,9 +18,7 @@ from typing import Any
 
 
 def find_link(distribution: str, version: str) -> dict[str, str] | None:
-    """`{"url", "sha256"}` of the wheel (sha256 is "" where the index gives none), or None where no
-    index has it.
-    """
+    """The wheel's `url` and `sha256` ("" where the index gives none); None if no index has it."""
     # pip's internals are untyped for us and may be absent, hence no import statement
     commands: Any = import_module("pip._internal.commands")
     command = commands.create_command("download")

@@ -44,9 +44,7 @@ class Progress(Protocol):
 
 
 class ConsoleProgress:
-    """A rich bar on stderr where that is a terminal; otherwise one line at the start and one at the
-    end.
-    """
+    """A rich bar on stderr where that is a terminal; else a line at the start and at the end."""
 
     def __init__(self, say: Callable[[str], None] = logger.info) -> None:
         self.say = say

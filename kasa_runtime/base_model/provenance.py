@@ -1,6 +1,4 @@
-"""`kasa_source.json`: where a converted model came from, what made it, and whether all of it is
-there.
-"""
+"""`kasa_source.json`: where a converted model came from, what made it, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -12,8 +10,7 @@ from typing import Any
 
 FILE_NAME = "kasa_source.json"
 FORMAT = 1
-"""Raised when the converter's output changes, so that caches made by an older one are made again.
-"""
+"""Goes up when the converter's output changes, so that older caches are made again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +23,7 @@ class Origin:
 
 
 def write(directory: Path, origin: Origin, details: dict[str, Any]) -> None:
-    """Record `origin`, the converter's versions and the sizes of the files that are now in
-    `directory`.
+    """Record `origin`, the converter's versions and the files that are now in `directory`.
 
     Holds no time and no path: converting the same file twice gives the same bytes.
     """
@@ -53,9 +49,7 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether `directory` was converted by this format and every file has the size that it was
-    written with.
-    """
+    """Whether `directory` is of this format and every file has the size it was written with."""
     record = read(directory)
     files = record.get("files")
     if record.get("format") != FORMAT or not isinstance(files, dict):
