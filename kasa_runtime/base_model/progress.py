@@ -54,7 +54,9 @@ class ConsoleProgress:
         self, description: str, *, total: int | None = None, done: int = 0, unit: str = ""
     ) -> Iterator[Advance]:
         if sys.stderr.isatty():
-            with RichProgress(*_columns(unit), console=Console(stderr=True)) as bar:
+            # this very stream: gguf.py puts another in its place to silence what runs under the bar
+            console = Console(file=sys.stderr)
+            with RichProgress(*_columns(unit), console=console) as bar:
                 task = bar.add_task(description, total=total, completed=done)
                 yield lambda amount: bar.advance(task, amount)
             return
