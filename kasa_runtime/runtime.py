@@ -1,19 +1,29 @@
 """The library's front door: one base model, many adapters, `generate`.
 
-Interface (being filled in):
+    request -> tokenizer -> lease on an adapter version -> engine -> detokenizer -> chunks
+
+Importing this module is light; torch comes with `Runtime.create`.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal
 
+from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.errors import InvalidRequest, Overloaded
 from kasa_runtime.types import (
+    BASE,
     AdapterInfo,
     ChatMessage,
+    FinishReason,
     GenerationRequest,
     ModelInfo,
     Observer,
@@ -22,80 +32,306 @@ from kasa_runtime.types import (
     UploadManifest,
 )
 
+if TYPE_CHECKING:
+    from kasa_runtime.adapter.manager import AdapterManager, Lease
+    from kasa_runtime.adapter.upload import Upload
+    from kasa_runtime.engine.base import Engine
+    from kasa_runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.05
+
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    model: str = "smollm2-135m"
-    adapters_dir: Path = Path("adapters")
+    """What to serve, and how."""
 
-
-class Upload(Protocol):
-    """One upload in progress: staged in `.kasa/staging`, invisible until `commit`."""
-
-    async def write(self, path: str, offset: int, data: bytes) -> None:
-        """Raises InvalidRequest (unknown path, wrong offset) or DigestMismatch (more bytes than announced)."""
-
-    async def commit(self) -> AdapterInfo:
-        """Verify sizes, digests and content against the base, publish by rename.
-
-        Raises DigestMismatch, AdapterInvalid, BaseMismatch, VersionConflict."""
+    model: str = field(
+        default="smollm2-135m",
+        metadata={"help": "directory of safetensors, .gguf file, hub id, or smollm2-135m"},
+    )
+    adapters_dir: Path = field(
+        default=Path("adapters"), metadata={"help": "where adapters are put and uploaded to"}
+    )
+    engine: Literal["native"] = field(default="native", metadata={"help": "what generates"})
+    poll_interval_s: float = field(
+        default=1.0, metadata={"help": "seconds between looks at the adapters directory"}
+    )
+    keep_versions: int = field(
+        default=5, metadata={"help": "versions of an adapter that are kept for rollback"}
+    )
+    native: EngineConfig = field(default_factory=EngineConfig)
 
 
 class Runtime:
+    """One model and its adapters, served. Event loop only; make it with `create`."""
+
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        model: ModelInfo,
+        engine: Engine,
+        manager: AdapterManager,
+        tokenizer: Tokenizer,
+        observer: Observer,
+    ) -> None:
+        self.config = config
+        self._model = model
+        self._engine = engine
+        self._manager = manager
+        self._tokenizer = tokenizer
+        self._observer = observer
+        self._max_in_flight = config.native.max_num_seqs + config.native.max_queue
+        self._in_flight = 0
+        self._draining = False
+        self._cut_off = asyncio.Event()
+
     @classmethod
     async def create(cls, config: RuntimeConfig, observer: Observer | None = None) -> Runtime:
-        """Load the base model, scan the adapters directory, start the engine."""
-        raise NotImplementedError
+        """Load the base model, start the engine, take in the adapters directory. Raises ModelError, ConfigError."""
+        from kasa_runtime.adapter.manager import AdapterManager
+        from kasa_runtime.adapter.store import AdapterStore
+        from kasa_runtime.adapter.tails import TailCache
+        from kasa_runtime.base_model.source import resolve
+        from kasa_runtime.engine.factory import make_engine
+        from kasa_runtime.tokenizer import Tokenizer
+
+        observer = observer or Observer()
+        model_dir = await asyncio.to_thread(resolve, config.model)
+        tails = await asyncio.to_thread(TailCache.for_model, model_dir)
+        tokenizer = await asyncio.to_thread(Tokenizer, model_dir)
+        store = AdapterStore(config.adapters_dir, config.keep_versions)
+        engine = make_engine(model_dir, tails, config.native)
+        await engine.start()
+        manager = AdapterManager(
+            store,
+            tails,
+            engine,
+            max_slots=engine.limits.max_slots,
+            observer=observer,
+            poll_interval_s=config.poll_interval_s,
+        )
+        try:
+            await manager.start()
+        except BaseException:
+            await engine.close()
+            raise
+        model = _describe(config, model_dir, tails.base.fingerprint, engine, tokenizer)
+        return cls(config, model, engine, manager, tokenizer, observer)
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests (Overloaded) and wait for those in flight, at most `timeout_s`; cancel the rest."""
+        """Refuse new requests and wait for those in flight, at most `timeout_s`; then cancel the rest."""
+        self._draining = True
+        deadline = time.monotonic() + timeout_s
+        while self._in_flight and self.alive and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
+        self._cut_off.set()
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Stop watching and stepping; running requests end as cancelled."""
+        self._draining = True
+        await self._manager.close()
+        await self._engine.close()
+
+    async def __aenter__(self) -> Runtime:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     @property
     def ready(self) -> bool:
-        """True while requests can be served: engine alive, not draining."""
-        raise NotImplementedError
+        """Whether a request would be taken now."""
+        return self.alive and not self._draining
 
     @property
     def alive(self) -> bool:
-        """False once the engine's step thread has died."""
-        raise NotImplementedError
+        """False once the engine has stopped."""
+        return self._engine.alive
 
     @property
     def model(self) -> ModelInfo:
-        raise NotImplementedError
+        return self._model
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        """Closing the iterator (aclose) cancels. Raises InvalidRequest, AdapterNotFound, AdapterQuarantined, Overloaded,
-        EngineDead before the first chunk."""
-        raise NotImplementedError
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Chunks of one generation, the last with its end. Closing the generator cancels, at the next step.
+
+        Raises, before the first chunk: InvalidRequest, AdapterNotFound, AdapterQuarantined, AdapterInvalid,
+        CapacityExceeded, Overloaded, EngineDead."""
+        arrival_s = time.monotonic()
+        name = request.adapter.partition("@")[0]
+        try:
+            self._refuse_if_full()
+            self._in_flight += 1
+            try:
+                prompt_ids = await asyncio.to_thread(self._encode, request)
+                async with aclosing(self._run(request, prompt_ids, arrival_s)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+            finally:
+                self._in_flight -= 1
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self._observer.failed(name, error)
+            raise
 
     def tokenize(
         self, *, prompt: str | None = None, messages: tuple[ChatMessage, ...] | None = None
     ) -> list[int]:
-        raise NotImplementedError
+        """The ids that `generate` would start from. Blocking. Raises InvalidRequest."""
+        if messages is not None:
+            return self._tokenizer.encode_chat(messages)
+        return self._tokenizer.encode(prompt or "")
 
-    def list_adapters(self) -> list[AdapterInfo]: ...
-    def get_adapter(self, name: str) -> AdapterInfo:
+    def list_adapters(self) -> list[AdapterInfo]:
+        """By name; a quarantined one says why."""
+        return self._manager.list()
+
+    async def get_adapter(self, name: str) -> AdapterInfo:
         """`name` or `name@version`; a quarantined one is returned, not raised. Raises AdapterNotFound."""
+        return await self._manager.get(name)
 
     def upload(self, manifest: UploadManifest) -> AbstractAsyncContextManager[Upload]:
-        """Leaving the context without commit discards what was staged. Raises InvalidRequest, VersionConflict,
-        StoreReadOnly."""
+        """Stage an adapter; see `Upload`. Leaving the context without `commit` discards it."""
+        return self._manager.upload(manifest)
 
-    async def delete_adapter(self, name: str) -> None: ...
+    async def delete_adapter(self, name: str) -> None:
+        """Remove a name with all its versions. Raises AdapterNotFound, AdapterInUse, StoreReadOnly."""
+        await self._manager.delete(name)
+
     async def rollback_adapter(self, name: str, version: str) -> AdapterInfo:
-        """Make an older version current again. version "": the one before the current."""
+        """Make an older version current again. `version` "": the one before the current."""
+        return await self._manager.rollback(name, version)
 
     async def load_adapter(self, name: str) -> AdapterInfo:
         """Bring into an engine slot ahead of its first request."""
+        return await self._manager.load(name)
 
     async def unload_adapter(self, name: str) -> AdapterInfo:
         """Free its slot once no request holds it. Raises AdapterInUse when merged."""
+        return await self._manager.unload(name)
 
-    async def merge_adapter(self, name: str) -> AdapterInfo: ...
+    async def merge_adapter(self, name: str) -> AdapterInfo:
+        """Write it into the weights: its requests cost nothing extra, all others go on exactly."""
+        return await self._manager.merge(name)
+
     async def unmerge_adapter(self) -> None:
         """Put the pristine weights back; no-op when nothing is merged."""
+        await self._manager.unmerge()
 
-    def stats(self) -> RuntimeStats: ...
+    def stats(self) -> RuntimeStats:
+        engine = self._engine.stats()
+        return RuntimeStats(
+            num_requests_running=engine.num_running,
+            num_requests_waiting=max(0, self._in_flight - engine.num_running),
+            kv_cache_usage=engine.kv_cache_usage,
+            merged_adapter=self._manager.merged or BASE,
+            resident_adapters=self._manager.resident_names(),
+        )
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    def _refuse_if_full(self) -> None:
+        if self._draining:
+            raise Overloaded("this server is shutting down; try another one", retry_after_s=5.0)
+        if self._in_flight >= self._max_in_flight:
+            raise Overloaded(
+                f"{self._in_flight} requests are running or waiting, the limit is "
+                f"{self._max_in_flight}; try again later",
+                retry_after_s=1.0,
+            )
+
+    def _encode(self, request: GenerationRequest) -> tuple[int, ...]:
+        """The prompt's ids, checked against the model's limits. Raises InvalidRequest naming the field."""
+        limits = self._engine.limits
+        if request.token_ids is not None:
+            where, ids = "tokens.ids", request.token_ids
+            if bad := [i for i in ids if not 0 <= i < limits.vocab_size]:
+                raise InvalidRequest(where, f"want ids from 0 to {limits.vocab_size - 1}, got {bad[0]}")
+        elif request.messages is not None:
+            where, ids = "chat", tuple(self._tokenizer.encode_chat(request.messages))
+        else:
+            where, ids = "prompt", tuple(self._tokenizer.encode(request.prompt or ""))
+        if not ids:
+            raise InvalidRequest(where, "must not be empty")
+        if len(ids) >= limits.context_length:
+            raise InvalidRequest(
+                where, f"has {len(ids)} tokens, the context holds {limits.context_length}"
+            )
+        max_tokens = request.sampling.max_tokens
+        if max_tokens is not None and len(ids) + max_tokens > limits.context_length:
+            raise InvalidRequest(
+                "sampling.max_tokens",
+                f"want at most {limits.context_length - len(ids)} after a prompt of {len(ids)} tokens, got {max_tokens}",
+            )
+        return ids
+
+    async def _run(
+        self, request: GenerationRequest, prompt_ids: tuple[int, ...], arrival_s: float
+    ) -> AsyncGenerator[TokenChunk, None]:
+        from kasa_runtime.engine.base import EngineRequest
+        from kasa_runtime.generation import Generation
+
+        async with AsyncExitStack() as stack:
+            generation = Generation(
+                request, prompt_ids, arrival_s, self._tokenizer.detokenizer(request.sampling), self._observer
+            )
+            try:
+                async with asyncio.timeout_at(_on_loop_clock(request.deadline_s)):
+                    lease = await stack.enter_async_context(self._lease(request.adapter))
+            except TimeoutError:
+                yield generation.end(FinishReason.DEADLINE)
+                return
+            generation.lease = lease
+            engine_request = EngineRequest(
+                request.request_id,
+                prompt_ids,
+                request.sampling,
+                lease.key if lease else None,
+                request.deadline_s,
+            )
+            outputs = await stack.enter_async_context(aclosing(self._engine.generate(engine_request)))
+            async for output in outputs:
+                chunk = generation.advance(output)
+                if chunk.finish_reason is None and self._cut_off.is_set():
+                    chunk = generation.end(FinishReason.CANCELLED, chunk)
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+
+    @asynccontextmanager
+    async def _lease(self, adapter: str) -> AsyncIterator[Lease | None]:
+        if adapter == BASE:
+            yield None
+            return
+        async with self._manager.lease(adapter) as lease:
+            yield lease
+
+
+def _on_loop_clock(deadline_s: float | None) -> float | None:
+    """A time.monotonic deadline on the running loop's clock."""
+    if deadline_s is None:
+        return None
+    return asyncio.get_running_loop().time() + deadline_s - time.monotonic()
+
+
+def _describe(
+    config: RuntimeConfig, model_dir: Path, fingerprint: str, engine: Engine, tokenizer: Tokenizer
+) -> ModelInfo:
+    limits = engine.limits
+    architectures = json.loads((model_dir / "config.json").read_text()).get("architectures")
+    return ModelInfo(
+        name=config.model if not Path(config.model).exists() else Path(config.model).name,
+        fingerprint=fingerprint,
+        architecture=(architectures or [""])[0],
+        dtype=limits.dtype,
+        context_length=limits.context_length,
+        vocab_size=limits.vocab_size,
+        num_layers=limits.num_layers,
+        num_parameters=limits.num_parameters,
+        engine=config.engine,
+        executor=limits.executor,
+        has_chat_template=tokenizer.has_chat_template,
+    )

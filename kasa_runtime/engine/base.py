@@ -84,8 +84,8 @@ class Engine(ABC):
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Outputs of one request, one item per step that produced something.
 
-        Closing the generator cancels: it takes effect at the next step and frees the cache. Raises Overloaded
-        when the queue is full and KeyError when the adapter is not loaded, at the first iteration."""
+        Closing the generator cancels: it takes effect at the next step and frees the cache. Raises KeyError when
+        the adapter is not loaded, at the first iteration."""
 
     @abstractmethod
     async def load_adapter(self, adapter: AdapterWeights) -> None:

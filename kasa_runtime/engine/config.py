@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Literal, get_args, get_type_hints
 
 from kasa_runtime.errors import ConfigError
-
-EXECUTORS = ("auto", "torch")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Raises ConfigError on a value that cannot work."""
 
-    executor: str = field(
-        default="auto",
-        metadata={"help": "what runs the model: auto or torch", "choices": EXECUTORS},
+    executor: Literal["auto", "torch"] = field(
+        default="auto", metadata={"help": "what runs the model; auto: torch"}
     )
-    dtype: str = field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
-        metadata={
-            "help": "weights and activations; auto: float32 on CPU, the model's own on CUDA",
-            "choices": DTYPES,
-        },
+        metadata={"help": "weights and activations; auto: float32 on CPU, the model's own on CUDA"},
     )
     device: str = field(
         default="auto", metadata={"help": "auto (CUDA when there is one), cpu, cuda or cuda:N"}
@@ -52,10 +46,10 @@ class EngineConfig:
     max_rank: int = field(default=256, metadata={"help": "largest rank r of an adapter's layer"})
 
     def __post_init__(self) -> None:
-        if self.executor not in EXECUTORS:
-            raise ConfigError(f"executor must be one of {EXECUTORS}, got {self.executor!r}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+        hints = get_type_hints(type(self))
+        for name in ("executor", "dtype"):
+            if getattr(self, name) not in (allowed := get_args(hints[name])):
+                raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_slots", "max_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -26,7 +26,7 @@ from kasa_runtime.engine.native.sampler import sample
 from kasa_runtime.engine.native.scheduler import ScheduledBatch, Scheduler
 from kasa_runtime.engine.native.sequence import Sequence
 from kasa_runtime.engine.native.slots import SlotTable
-from kasa_runtime.errors import CapacityExceeded, EngineDead, KasaError, Overloaded
+from kasa_runtime.errors import CapacityExceeded, EngineDead, KasaError
 from kasa_runtime.types import FinishReason, Mode, TokenLogprobs
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ class NativeEngine(Engine):
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         self._require_alive()
-        self._admit_or_refuse(request)
+        if request.request_id in self._mailboxes:
+            raise KasaError(f"request id {request.request_id!r} is in use")
         seq = Sequence(request, self._slots.find(request.adapter))
         mailbox: asyncio.Queue[Delivery] = asyncio.Queue()
         self._mailboxes[request.request_id] = mailbox
@@ -305,16 +306,6 @@ class NativeEngine(Engine):
             delivery = await mailbox.get()
             if isinstance(delivery, BaseException) or delivery.finish_reason is not None:
                 return
-
-    def _admit_or_refuse(self, request: EngineRequest) -> None:
-        limit = self.config.max_num_seqs + self.config.max_queue
-        if len(self._mailboxes) >= limit:
-            raise Overloaded(
-                f"{len(self._mailboxes)} requests are running or waiting, the limit is {limit}",
-                retry_after_s=1.0,
-            )
-        if request.request_id in self._mailboxes:
-            raise KasaError(f"request id {request.request_id!r} is in use")
 
     def _require_alive(self) -> None:
         if self._death is not None or not self._thread.is_alive():

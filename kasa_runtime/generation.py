@@ -1,0 +1,92 @@
+"""One generation on its way from the engine's outputs to the user's chunks: text, counts, times, events."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from kasa_runtime.detokenizer import Detokenizer
+from kasa_runtime.engine.base import EngineOutput
+from kasa_runtime.types import (
+    BASE,
+    FinishReason,
+    GenerationRequest,
+    Mode,
+    Observer,
+    Timing,
+    TokenChunk,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from kasa_runtime.adapter.manager import Lease
+
+
+@dataclass
+class Generation:
+    """State between two steps. Event loop only."""
+
+    request: GenerationRequest
+    prompt_ids: tuple[int, ...]
+    arrival_s: float
+    detokenizer: Detokenizer
+    observer: Observer
+    lease: Lease | None = None
+    _mode: Mode = field(default=Mode.BASE, init=False)
+    _num_tokens: int = field(default=0, init=False)
+    _scheduled_s: float | None = field(default=None, init=False)
+    _first_token_s: float | None = field(default=None, init=False)
+    _last_token_s: float = field(default=0.0, init=False)
+
+    def advance(self, output: EngineOutput) -> TokenChunk:
+        """The chunk for one output; with the end of the generation if the engine or a stop string ended it."""
+        self._mode, self._scheduled_s = output.mode, output.scheduled_s
+        if output.token_ids:
+            self._count(len(output.token_ids))
+        chunk = TokenChunk(
+            self.detokenizer.push(output.token_ids), output.token_ids, output.logprobs
+        )
+        if self.detokenizer.stopped:
+            return self.end(FinishReason.STOP, chunk)
+        return chunk if output.finish_reason is None else self.end(output.finish_reason, chunk)
+
+    def end(self, reason: FinishReason, chunk: TokenChunk | None = None) -> TokenChunk:
+        """`chunk`, or an empty one, with everything that the last chunk says."""
+        chunk = chunk or TokenChunk("", ())
+        now_s = time.monotonic()
+        total_s = now_s - self.arrival_s
+        self.observer.finished(self._name, self._mode, reason, total_s=total_s)
+        return replace(
+            chunk,
+            text=chunk.text + self.detokenizer.finish(),
+            finish_reason=reason,
+            usage=Usage(len(self.prompt_ids), self._num_tokens),
+            adapter=self.lease.key if self.lease else BASE,
+            mode=self._mode,
+            timing=Timing(
+                queue_s=(self._scheduled_s or now_s) - self.arrival_s,
+                ttft_s=(self._first_token_s or now_s) - self.arrival_s,
+                total_s=total_s,
+            ),
+        )
+
+    @property
+    def _name(self) -> str:
+        return self.lease.name if self.lease else BASE
+
+    def _count(self, count: int) -> None:
+        now_s = time.monotonic()
+        self._num_tokens += count
+        if self._first_token_s is None:
+            self._first_token_s = now_s
+            self.observer.first_token(
+                self._name,
+                queue_s=(self._scheduled_s or now_s) - self.arrival_s,
+                ttft_s=now_s - self.arrival_s,
+                prompt_tokens=len(self.prompt_ids),
+            )
+            self.observer.tokens(self._name, count=count, gap_s=None)
+        else:
+            self.observer.tokens(self._name, count=count, gap_s=now_s - self._last_token_s)
+        self._last_token_s = now_s
