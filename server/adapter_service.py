@@ -46,7 +46,7 @@ class AdapterService:
 
     @rpc
     async def GetAdapter(self, message: Any, call: Call) -> Any:
-        info = self._runtime.get_adapter(convert.adapter_ref("name", message.name))
+        info = await self._runtime.get_adapter(convert.adapter_ref("name", message.name))
         return adapters_pb2.GetAdapterResponse(adapter=convert.adapter(info))
 
     @rpc
