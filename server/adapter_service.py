@@ -35,8 +35,8 @@ class AdapterService:
         first = await anext(messages, adapters_pb2.UploadAdapterRequest())
         try:
             return convert.upload_manifest(first)
-        except InvalidRequest:
-            self._observer.upload_rejected("manifest")
+        except InvalidRequest as error:
+            self._observer.upload_rejected(type(error).__name__)
             raise
 
     @rpc

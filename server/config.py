@@ -1,4 +1,4 @@
-"""The edge's own settings. `kasa_runtime/commands/flags.py` derives flags of `kasa serve` from them."""
+"""The edge's own settings. The flags of `kasa serve` are derived from these fields."""
 
 from __future__ import annotations
 

@@ -6,10 +6,11 @@ The label `adapter` is bounded. The base model is `_base`; of the adapters that 
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -62,6 +63,7 @@ class Metrics(Observer):
     """Counts the events of one runtime, in a registry of its own."""
 
     def __init__(self, max_adapters: int = 100) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a timestamp beside each series
         self.registry = CollectorRegistry()
         self.label = AdapterLabels(max_adapters)
         self._reasons: set[str] = set()
@@ -129,7 +131,8 @@ class Metrics(Observer):
         self._e2e.labels(label).observe(total_s)
 
     def failed(self, adapter: str, error: BaseException) -> None:
-        self._requests.labels(self.label(adapter), "unknown", "error").inc()
+        reason = FinishReason.CANCELLED.value if isinstance(error, CancelledError) else "error"
+        self._requests.labels(self.label(adapter), "unknown", reason).inc()
 
     def adapter_loaded(self, adapter: str, *, stage: str, seconds: float) -> None:
         self._load.labels(stage).observe(seconds)

@@ -103,7 +103,7 @@ def rollback(name: str, version: str, address: str, as_json: bool) -> None:
 
 
 def _named(method: str, help: str) -> None:
-    """A sub-command that takes a name: `load` calls `Client.load_adapter` and prints the adapter."""
+    """A sub-command that takes a name: `load` calls `Client.load_adapter`."""
 
     @command.command(method, help=help)
     @click.argument("name")

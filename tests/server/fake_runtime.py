@@ -128,7 +128,7 @@ class FakeRuntime:
             raise self.error
         if not self.ready:
             raise Overloaded("draining", retry_after_s=1.5)
-        info = self._find(request.adapter) if request.adapter else None
+        info = self.find(request.adapter) if request.adapter else None
         self.running.add(request.request_id)
         try:
             async for chunk in self._chunks(request, info):
@@ -171,9 +171,9 @@ class FakeRuntime:
         return list(self._adapters.values())
 
     async def get_adapter(self, name: str) -> AdapterInfo:
-        return self._find(name)
+        return self.find(name)
 
-    def _find(self, name: str) -> AdapterInfo:
+    def find(self, name: str) -> AdapterInfo:
         info = self._adapters.get(name.partition("@")[0])
         if info is None:
             raise AdapterNotFound(f"no adapter {name!r}", name=name)
@@ -193,24 +193,24 @@ class FakeRuntime:
         yield FakeUpload(self, manifest)
 
     async def delete_adapter(self, name: str) -> None:
-        self._find(name)
+        self.find(name)
         if self.merged == name:
             raise AdapterInUse(f"{name} is merged; unmerge it first", name=name)
         del self._adapters[name]
         self.observer.adapters_changed(self.list_adapters())
 
     async def rollback_adapter(self, name: str, version: str) -> AdapterInfo:
-        return self.put(replace(self._find(name), version=version or "0ld"))
+        return self.put(replace(self.find(name), version=version or "0ld"))
 
     async def load_adapter(self, name: str) -> AdapterInfo:
-        return self.put(replace(self._find(name), state=AdapterState.RESIDENT))
+        return self.put(replace(self.find(name), state=AdapterState.RESIDENT))
 
     async def unload_adapter(self, name: str) -> AdapterInfo:
-        return self.put(replace(self._find(name), state=AdapterState.READY))
+        return self.put(replace(self.find(name), state=AdapterState.READY))
 
     async def merge_adapter(self, name: str) -> AdapterInfo:
         self.merged = name
-        return self.put(replace(self._find(name), state=AdapterState.MERGED))
+        return self.put(replace(self.find(name), state=AdapterState.MERGED))
 
     async def unmerge_adapter(self) -> None:
         self.merged = ""

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from kasa_runtime import errors
+from kasa_runtime.client import AsyncClient, Client
+from kasa_runtime.types import (
+    AdapterState,
+    ChatMessage,
+    FinishReason,
+    Mode,
+    SamplingParams,
+    TokenChunk,
+)
+
+
+@pytest.fixture
+async def client(served) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(served.address) as client:
+        yield client
+
+
+@pytest.fixture
+def adapter_dir(tmp_path):
+    directory = tmp_path / "fresh"
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 10_000)
+    (directory / "kasa_meta.json").write_text("{}")
+    (directory / "optimizer.pt").write_text("not to be sent")
+    return directory
+
+
+async def in_thread(served, use):
+    """What `use` returns when it is given a `Client`."""
+
+    def run():
+        with Client(served.address) as client:
+            return use(client)
+
+    return await asyncio.to_thread(run)
+
+
+async def test_both_clients_return_the_same(served, client):
+    options = {"adapter": "style", "sampling": SamplingParams(logprobs=2)}
+    ours = await client.generate("one two", **options)
+    assert ours == await in_thread(served, lambda c: c.generate("one two", **options))
+    assert ours.text == "one two "
+    assert ours.finish_reason is FinishReason.STOP
+    assert ours.mode is Mode.BATCHED
+    assert ours.adapter == "style@abc123"
+    assert ours.logprobs[1].top == ((1, -0.5), (7, -1.5))
+    assert await client.get_model() == await in_thread(served, lambda c: c.get_model())
+    assert await client.get_model() == served.runtime.model
+    listed = await client.list_adapters()
+    assert listed == await in_thread(served, lambda c: c.list_adapters())
+    assert [info.name for info in listed] == ["broken", "style"]
+
+
+async def test_adapter_survives_the_wire(served, client):
+    assert await client.get_adapter("style") == served.runtime.find("style")
+
+
+async def test_request_arrives_as_it_was_given(served, client):
+    sampling = SamplingParams(max_tokens=3, temperature=0.7, top_p=0.9, seed=0, stop=("a",))
+    messages = [ChatMessage("user", "hi")]
+    await client.generate(messages=messages, sampling=sampling, timeout_s=30, request_id="mine")
+    await client.generate(token_ids=[1, 2])
+    first, second = served.runtime.requests
+    assert first.sampling == sampling
+    assert first.messages == tuple(messages)
+    assert first.deadline_s is not None
+    assert first.request_id.startswith("mine/")
+    assert second.token_ids == (1, 2)
+    assert second.sampling == SamplingParams()
+
+
+async def test_streams(served, client):
+    served.runtime.delay_s = 0.005
+    chunks = [chunk async for chunk in client.stream("one two three")]
+    assert "".join(chunk.text for chunk in chunks) == "one two three "
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason is FinishReason.STOP
+    sync = await in_thread(served, lambda c: list(c.stream("one two three")))
+    assert "".join(chunk.text for chunk in sync) == "one two three "
+
+
+async def test_closing_a_stream_cancels(served, client):
+    served.runtime.delay_s = 0.01
+    stream = client.stream("word " * 1000)
+    assert isinstance(await anext(stream), TokenChunk)
+    await stream.aclose()
+    await asyncio.wait_for(served.runtime.ended.wait(), 2)
+    served.runtime.ended.clear()
+    await in_thread(served, lambda c: next(c.stream("word " * 1000)))
+    await asyncio.wait_for(served.runtime.ended.wait(), 2)
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+async def test_upload(served, client, adapter_dir, kind):
+    seen = []
+    options = {"progress": lambda sent, size: seen.append((sent, size))}
+    if kind == "sync":
+        info = await in_thread(served, lambda c: c.upload(adapter_dir, **options))
+    else:
+        info = await client.upload(adapter_dir, **options)
+    assert info.name == "fresh"
+    sent = {path.name: path.read_bytes() for path in adapter_dir.iterdir()}
+    del sent["optimizer.pt"]
+    assert served.runtime.uploaded == sent
+    total = sum(map(len, sent.values()))
+    assert seen[-1] == (total, total)
+    assert len(seen) == 5  # config, three chunks of weights, meta
+
+
+async def test_refused_upload_raises_what_the_server_raised(served, client, adapter_dir):
+    options = {"name": "style", "expected_version": ""}
+    with pytest.raises(errors.VersionConflict) as caught:
+        await client.upload(adapter_dir, **options)
+    assert caught.value.name == "style"
+    with pytest.raises(errors.VersionConflict):
+        await in_thread(served, lambda c: c.upload(adapter_dir, **options))
+    with pytest.raises(errors.InvalidRequest, match=r"manifest\.name"):
+        await client.upload(adapter_dir, name="../up")
+
+
+async def test_directory_that_is_no_adapter_is_not_sent(client, tmp_path):
+    with pytest.raises(errors.AdapterInvalid, match=r"has no adapter_config\.json"):
+        await client.upload(tmp_path)
+
+
+async def test_adapter_methods(client):
+    assert (await client.load_adapter("style")).state is AdapterState.RESIDENT
+    assert (await client.merge_adapter("style")).state is AdapterState.MERGED
+    with pytest.raises(errors.AdapterInUse):
+        await client.delete_adapter("style")
+    await client.unmerge_adapter()
+    assert (await client.unload_adapter("style")).state is AdapterState.READY
+    assert (await client.rollback_adapter("style", "abc")).version == "abc"
+    await client.delete_adapter("style")
+    with pytest.raises(errors.AdapterNotFound):
+        await client.get_adapter("style")
+
+
+async def test_adapter_methods_of_the_sync_client(served):
+    def use(client):
+        states = [client.load_adapter("style").state, client.merge_adapter("style").state]
+        client.unmerge_adapter()
+        states.append(client.unload_adapter("style").state)
+        assert client.rollback_adapter("style").version == "0ld"
+        assert client.get_adapter("broken").reason
+        client.delete_adapter("style")
+        assert client.tokenize("a bc") == [1, 2]
+        return states
+
+    states = [AdapterState.RESIDENT, AdapterState.MERGED, AdapterState.READY]
+    assert await in_thread(served, use) == states
+
+
+async def test_tokenize(client):
+    assert await client.tokenize("a bc") == [1, 2]
+    assert await client.tokenize(messages=[ChatMessage("user", "abc")]) == [3]
+
+
+ERRORS = [
+    errors.Overloaded("the queue is full", retry_after_s=2.5),
+    errors.AdapterQuarantined("was refused", name="style"),
+    errors.BaseMismatch("another base", name="style"),
+    errors.CapacityExceeded("rank 64 does not fit"),
+    errors.EngineDead("the step thread has ended"),
+    errors.InvalidRequest("prompt", "is too long"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+async def test_errors_come_back_as_they_were_raised(served, client, error):
+    served.runtime.error = error
+    with pytest.raises(type(error)) as caught:
+        await client.generate("one")
+    assert str(caught.value) == str(error)
+    assert vars(caught.value) == vars(error)
+    with pytest.raises(type(error)):
+        await anext(client.stream("one"))
+    with pytest.raises(type(error)):
+        await in_thread(served, lambda c: list(c.stream("one")))
+
+
+async def test_deadline_is_a_timeout_error(served, client):
+    served.runtime.delay_s = 0.05
+    with pytest.raises(TimeoutError):
+        await client.generate("word " * 100, timeout_s=0.1)
+
+
+@pytest.mark.parametrize("inputs", [{}, {"prompt": "a", "token_ids": [1]}])
+async def test_exactly_one_input(client, inputs):
+    with pytest.raises(errors.InvalidRequest, match="give one of prompt, messages, token_ids"):
+        await client.generate(**inputs)
+
+
+def test_no_server_says_what_to_do():
+    with Client("127.0.0.1:1") as client, pytest.raises(errors.KasaError, match="kasa serve"):
+        client.get_model()
