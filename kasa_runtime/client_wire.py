@@ -33,7 +33,7 @@ OPTIONAL_FILES = ("kasa_meta.json", "README.md")
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
-"""Called with the bytes sent so far, and the bytes of the whole upload."""
+"""Called, in another thread, with the bytes sent so far and those of the whole upload."""
 
 
 class GenerateOptions(TypedDict, total=False):
