@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: threads only get in each other's way
+
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def session_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One KASA_HOME for all tests, so that what is computed once stays computed."""
+    return tmp_path_factory.mktemp("kasa-home")
+
+
+@pytest.fixture(autouse=True)
+def kasa_home(
+    request: pytest.FixtureRequest, session_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keep tests away from the user's caches; only tests marked real_model use them."""
+    if request.node.get_closest_marker("real_model") is None:
+        monkeypatch.setenv("KASA_HOME", str(session_home))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny Llama with random weights; see `tiny.py`."""
+    from tiny import save_tiny_llama
+
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
