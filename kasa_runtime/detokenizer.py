@@ -1,5 +1,5 @@
-"""From token ids to text, one step at a time: no half characters, no stop strings, no text that a stop string may take
-back."""
+"""From token ids to text, one step at a time: no half characters, no stop strings, no text that a
+stop string may take back."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tokenizers.decoders import DecodeStream
 class Detokenizer:
     """The text of one generation, growing. `tokenizer` is a fast transformers tokenizer.
 
-    `push` returns what is certain: a character appears when all of its bytes have, and text that could be the beginning
-    of a stop string waits until it is not."""
+    `push` returns what is certain: a character appears when all of its bytes have, and text that
+    could be the beginning of a stop string waits until it is not."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
@@ -25,8 +25,8 @@ class Detokenizer:
         self.stopped = False
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Take new tokens, return new text. Sets `stopped` when a stop string is complete; it and all behind it are
-        cut off, and later tokens give nothing."""
+        """Take new tokens, return new text. Sets `stopped` when a stop string is complete; it and
+        all behind it are cut off, and later tokens give nothing."""
         released = ""
         for token in token_ids:
             if self.stopped:

@@ -19,7 +19,8 @@
     └── TrainingError
         └── DataError             a row or a file of training data is wrong; names both
 
-A message says what was wanted, what was found and what to do. Only `server/status.py` maps these to gRPC codes.
+A message says what was wanted, what was found and what to do. Only `server/status.py` maps these to
+gRPC codes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class KasaError(Exception):
 
 
 class InvalidRequest(KasaError):
-    """A field of a request is wrong. `field` is its path in the request, for example `sampling.top_p`."""
+    """A field of a request is wrong. `field` is its path in the request, for example
+    `sampling.top_p`."""
 
     def __init__(self, field: str, description: str) -> None:
         super().__init__(f"{field}: {description}")
@@ -83,7 +85,8 @@ class AdapterInUse(AdapterError):
 
 
 class StoreReadOnly(KasaError):
-    """The adapters directory cannot be written, so nothing can be uploaded, deleted or rolled back."""
+    """The adapters directory cannot be written, so nothing can be uploaded, deleted or rolled
+    back."""
 
 
 class Overloaded(KasaError):

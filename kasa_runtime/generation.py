@@ -1,4 +1,5 @@
-"""One generation on its way from the engine's outputs to the user's chunks: text, counts, times, events."""
+"""One generation on its way from the engine's outputs to the user's chunks: text, counts, times,
+events."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Generation:
     _last_token_s: float = field(default=0.0, init=False)
 
     def advance(self, output: EngineOutput) -> TokenChunk:
-        """The chunk for one output; with the end of the generation if the engine or a stop string ended it."""
+        """The chunk for one output; with the end of the generation if the engine or a stop string
+        ended it."""
         self._mode, self._scheduled_s = output.mode, output.scheduled_s
         if output.token_ids:
             self._count(len(output.token_ids))

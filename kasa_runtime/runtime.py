@@ -89,7 +89,8 @@ class Runtime:
 
     @classmethod
     async def create(cls, config: RuntimeConfig, observer: Observer | None = None) -> Runtime:
-        """Load the base model, start the engine, take in the adapters directory. Raises ModelError, ConfigError."""
+        """Load the base model, start the engine, take in the adapters directory. Raises ModelError,
+        ConfigError."""
         from kasa_runtime.adapter.manager import AdapterManager
         from kasa_runtime.adapter.store import AdapterStore
         from kasa_runtime.adapter.tails import TailCache
@@ -121,7 +122,8 @@ class Runtime:
         return cls(config, model, engine, manager, tokenizer, observer)
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests and wait for those in flight, at most `timeout_s`; then cancel the rest."""
+        """Refuse new requests and wait for those in flight, at most `timeout_s`; then cancel the
+        rest."""
         self._draining = True
         deadline = time.monotonic() + timeout_s
         while self._in_flight and self.alive and time.monotonic() < deadline:
@@ -155,10 +157,11 @@ class Runtime:
         return self._model
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Chunks of one generation, the last with its end. Closing the generator cancels, at the next step.
+        """Chunks of one generation, the last with its end. Closing the generator cancels, at the
+        next step.
 
-        Raises, before the first chunk: InvalidRequest, AdapterNotFound, AdapterQuarantined, AdapterInvalid,
-        CapacityExceeded, Overloaded, EngineDead."""
+        Raises, before the first chunk: InvalidRequest, AdapterNotFound, AdapterQuarantined,
+        AdapterInvalid, CapacityExceeded, Overloaded, EngineDead."""
         arrival_s = time.monotonic()
         name = request.adapter.partition("@")[0]
         try:
@@ -190,7 +193,8 @@ class Runtime:
         return self._manager.list()
 
     async def get_adapter(self, name: str) -> AdapterInfo:
-        """`name` or `name@version`; a quarantined one is returned, not raised. Raises AdapterNotFound."""
+        """`name` or `name@version`; a quarantined one is returned, not raised. Raises
+        AdapterNotFound."""
         return await self._manager.get(name)
 
     def upload(self, manifest: UploadManifest) -> AbstractAsyncContextManager[Upload]:
@@ -198,7 +202,8 @@ class Runtime:
         return self._manager.upload(manifest)
 
     async def delete_adapter(self, name: str) -> None:
-        """Remove a name with all its versions. Raises AdapterNotFound, AdapterInUse, StoreReadOnly."""
+        """Remove a name with all its versions. Raises AdapterNotFound, AdapterInUse,
+        StoreReadOnly."""
         await self._manager.delete(name)
 
     async def rollback_adapter(self, name: str, version: str) -> AdapterInfo:
@@ -231,7 +236,8 @@ class Runtime:
             resident_adapters=self._manager.resident_names(),
         )
 
-    # --- inside --------------------------------------------------------------------------------------
+    # --- inside
+    # --------------------------------------------------------------------------------------
 
     def _refuse_if_full(self) -> None:
         if self._draining:
@@ -244,12 +250,15 @@ class Runtime:
             )
 
     def _encode(self, request: GenerationRequest) -> tuple[int, ...]:
-        """The prompt's ids, checked against the model's limits. Raises InvalidRequest naming the field."""
+        """The prompt's ids, checked against the model's limits. Raises InvalidRequest naming the
+        field."""
         limits = self._engine.limits
         if request.token_ids is not None:
             where, ids = "tokens.ids", request.token_ids
             if bad := [i for i in ids if not 0 <= i < limits.vocab_size]:
-                raise InvalidRequest(where, f"want ids from 0 to {limits.vocab_size - 1}, got {bad[0]}")
+                raise InvalidRequest(
+                    where, f"want ids from 0 to {limits.vocab_size - 1}, got {bad[0]}"
+                )
         elif request.messages is not None:
             where, ids = "chat", tuple(self._tokenizer.encode_chat(request.messages))
         else:
@@ -261,10 +270,11 @@ class Runtime:
                 where, f"has {len(ids)} tokens, the context holds {limits.context_length}"
             )
         max_tokens = request.sampling.max_tokens
-        if max_tokens is not None and len(ids) + max_tokens > limits.context_length:
+        room = limits.context_length - len(ids)
+        if max_tokens is not None and max_tokens > room:
             raise InvalidRequest(
                 "sampling.max_tokens",
-                f"want at most {limits.context_length - len(ids)} after a prompt of {len(ids)} tokens, got {max_tokens}",
+                f"want at most {room} after a prompt of {len(ids)} tokens, got {max_tokens}",
             )
         return ids
 
@@ -276,7 +286,11 @@ class Runtime:
 
         async with AsyncExitStack() as stack:
             generation = Generation(
-                request, prompt_ids, arrival_s, self._tokenizer.detokenizer(request.sampling), self._observer
+                request,
+                prompt_ids,
+                arrival_s,
+                self._tokenizer.detokenizer(request.sampling),
+                self._observer,
             )
             try:
                 async with asyncio.timeout_at(_on_loop_clock(request.deadline_s)):
@@ -292,7 +306,9 @@ class Runtime:
                 lease.key if lease else None,
                 request.deadline_s,
             )
-            outputs = await stack.enter_async_context(aclosing(self._engine.generate(engine_request)))
+            outputs = await stack.enter_async_context(
+                aclosing(self._engine.generate(engine_request))
+            )
             async for output in outputs:
                 chunk = generation.advance(output)
                 if chunk.finish_reason is None and self._cut_off.is_set():

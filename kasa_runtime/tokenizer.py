@@ -22,7 +22,9 @@ class Tokenizer:
         except (ValueError, OSError, KeyError) as error:
             raise ModelError(f"{model_dir}: cannot load its tokenizer: {error}") from error
         if not getattr(self._tokenizer, "is_fast", False):
-            raise ModelError(f"{model_dir}: want a fast tokenizer (tokenizer.json), found a slow one")
+            raise ModelError(
+                f"{model_dir}: want a fast tokenizer (tokenizer.json), found a slow one"
+            )
 
     @property
     def has_chat_template(self) -> bool:
@@ -42,8 +44,12 @@ class Tokenizer:
             text = self._tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # a template is a program of the model's, and raises what it likes
-            raise InvalidRequest("chat", f"the model's chat template refused it: {error}") from error
+        except (
+            Exception
+        ) as error:  # a template is a program of the model's, and raises what it likes
+            raise InvalidRequest(
+                "chat", f"the model's chat template refused it: {error}"
+            ) from error
         backend = self._tokenizer.backend_tokenizer
         ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids

@@ -1,7 +1,7 @@
 """The types that everything else speaks: requests, results, adapters as users see them.
 
-Light: imports neither torch nor protobuf. The wire's twins of these types live in `proto/` and meet them in
-`server/convert.py` alone.
+Light: imports neither torch nor protobuf. The wire's twins of these types live in `proto/` and meet
+them in `server/convert.py` alone.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class AdapterState(StrEnum):
 class SamplingParams:
     """How the next token is chosen.
 
-    Order of application: penalties, temperature, top_k, top_p, min_p, draw. `temperature == 0` is greedy, and then
-    top_k, top_p and min_p have no effect. Raises InvalidRequest naming `sampling.<field>`.
+    Order of application: penalties, temperature, top_k, top_p, min_p, draw. `temperature == 0` is
+    greedy, and then top_k, top_p and min_p have no effect. Raises InvalidRequest naming
+    `sampling.<field>`.
     """
 
     max_tokens: int | None = None  # None: until the context is full
@@ -63,7 +64,9 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # relative to the most likely token
-    repetition_penalty: float = 1.0  # over prompt and output; divides positive logits, multiplies negative ones
+    repetition_penalty: float = (
+        1.0  # over prompt and output; divides positive logits, multiplies negative ones
+    )
     presence_penalty: float = 0.0  # over the output
     frequency_penalty: float = 0.0  # over the output, times the count
     seed: int | None = None  # None: a fresh one per request
@@ -72,22 +75,46 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; n: the chosen token's and the n most likely ones'
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
+        _require(
+            self.max_tokens is None or self.max_tokens >= 1,
+            "max_tokens",
+            "at least 1",
+            self.max_tokens,
+        )
         _require(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)
         if self.max_tokens is not None:
-            _require(self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens", self.min_tokens)
-        _require(_within(self.temperature, 0.0, 100.0), "temperature", "from 0 to 100", self.temperature)
+            _require(
+                self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                "at most max_tokens",
+                self.min_tokens,
+            )
+        _require(
+            _within(self.temperature, 0.0, 100.0), "temperature", "from 0 to 100", self.temperature
+        )
         _require(_within(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "in (0, 1]", self.top_p)
         _require(self.top_k >= 0, "top_k", "at least 0", self.top_k)
         _require(_within(self.min_p, 0.0, 1.0), "min_p", "from 0 to 1", self.min_p)
         penalty = self.repetition_penalty
-        _require(_within(penalty, 0.0, 100.0) and penalty > 0, "repetition_penalty", "in (0, 100]", penalty)
+        _require(
+            _within(penalty, 0.0, 100.0) and penalty > 0,
+            "repetition_penalty",
+            "in (0, 100]",
+            penalty,
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _require(_within(value, -100.0, 100.0), name, "from -100 to 100", value)
-        _require(self.seed is None or 0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", self.seed)
+        _require(
+            self.seed is None or 0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", self.seed
+        )
         _require(len(self.stop) <= 16, "stop", "at most 16 strings", len(self.stop))
-        _require(all(0 < len(s) <= 1024 for s in self.stop), "stop", "strings of 1 to 1024 characters", self.stop)
+        _require(
+            all(0 < len(s) <= 1024 for s in self.stop),
+            "stop",
+            "strings of 1 to 1024 characters",
+            self.stop,
+        )
         if self.logprobs is not None:
             _require(0 <= self.logprobs <= 20, "logprobs", "from 0 to 20", self.logprobs)
 
@@ -113,8 +140,8 @@ class ChatMessage:
 class GenerationRequest:
     """One generation. Exactly one of `prompt`, `messages` and `token_ids` is given.
 
-    `adapter` is "" (base model), "name" (its current version) or "name@version". `deadline_s` is on the clock of
-    `time.monotonic`. `request_id` must be unique among the requests in flight.
+    `adapter` is "" (base model), "name" (its current version) or "name@version". `deadline_s` is on
+    the clock of `time.monotonic`. `request_id` must be unique among the requests in flight.
     """
 
     request_id: str
@@ -128,8 +155,8 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probability (natural logarithm, of the model's own distribution before penalties and temperature) of one
-    generated token, and of the most likely ones, most likely first."""
+    """Log-probability (natural logarithm, of the model's own distribution before penalties and
+    temperature) of one generated token, and of the most likely ones, most likely first."""
 
     token_id: int
     logprob: float
@@ -145,7 +172,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds since the request arrived: until it was first scheduled, until its first token, until its end."""
+    """Seconds since the request arrived: until it was first scheduled, until its first token, until
+    its end."""
 
     queue_s: float
     ttft_s: float
@@ -154,7 +182,8 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """What one step added to a generation. The last chunk has `finish_reason` and all fields below it."""
+    """What one step added to a generation. The last chunk has `finish_reason` and all fields below
+    it."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -168,8 +197,8 @@ class TokenChunk:
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """An adapter as `ListAdapters` shows it. A quarantined one has only `name`, `state` and `reason`, and what of
-    the rest could be read."""
+    """An adapter as `ListAdapters` shows it. A quarantined one has only `name`, `state` and
+    `reason`, and what of the rest could be read."""
 
     name: str
     version: str  # digest of the content
@@ -213,8 +242,8 @@ class ManifestFile:
 
 @dataclass(frozen=True, slots=True)
 class UploadManifest:
-    """What an upload announces before its bytes. `expected_version`: None = do not check; "" = the name must be
-    new; a version = must be the current one."""
+    """What an upload announces before its bytes. `expected_version`: None = do not check; "" = the
+    name must be new; a version = must be the current one."""
 
     name: str
     files: tuple[ManifestFile, ...]
@@ -229,23 +258,31 @@ class RuntimeStats:
     num_requests_waiting: int
     kv_cache_usage: float  # 0 to 1
     merged_adapter: str  # "name@version" or ""
-    resident_adapters: Mapping[str, str] = field(default_factory=dict)  # name -> tier ("slot", "host")
+    resident_adapters: Mapping[str, str] = field(
+        default_factory=dict
+    )  # name -> tier ("slot", "host")
 
 
 class Observer:
-    """Receives events of the runtime, on the event loop. Every method does nothing here; `server/metrics.py` counts.
+    """Receives events of the runtime, on the event loop. Every method does nothing here;
+    `server/metrics.py` counts.
 
     `adapter` is a name without version, "" for the base model.
     """
 
     def queued(self, adapter: str) -> None: ...
 
-    def first_token(self, adapter: str, *, queue_s: float, ttft_s: float, prompt_tokens: int) -> None: ...
+    def first_token(
+        self, adapter: str, *, queue_s: float, ttft_s: float, prompt_tokens: int
+    ) -> None: ...
 
     def tokens(self, adapter: str, *, count: int, gap_s: float | None) -> None:
-        """`count` tokens arrived `gap_s` seconds after the previous ones (None: they were the first)."""
+        """`count` tokens arrived `gap_s` seconds after the previous ones (None: they were the
+        first)."""
 
-    def finished(self, adapter: str, mode: Mode, reason: FinishReason, *, total_s: float) -> None: ...
+    def finished(
+        self, adapter: str, mode: Mode, reason: FinishReason, *, total_s: float
+    ) -> None: ...
 
     def failed(self, adapter: str, error: BaseException) -> None: ...
 

@@ -1,6 +1,8 @@
-"""The base model as an adapter sees it: a fingerprint and named linear layers, read from its directory.
+"""The base model as an adapter sees it: a fingerprint and named linear layers, read from its
+directory.
 
-Builds the architecture on the meta device, so it costs no memory and reads no weight until one is asked for.
+Builds the architecture on the meta device, so it costs no memory and reads no weight until one is
+asked for.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class LinearShape:
 
 
 class BaseModel:
-    """Names, shapes and weights of the linear layers in a model directory. Raises ModelError throughout."""
+    """Names, shapes and weights of the linear layers in a model directory. Raises ModelError
+    throughout."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -47,7 +50,7 @@ class BaseModel:
 
     def weight(self, module: str) -> Tensor:
         """The pristine weight (out, in) of a layer, in the dtype in which it is stored."""
-        key = self._tensor_key(module)
+        key = self.tensor_key(module)
         try:
             with safe_open(self._files[key], framework="pt") as handle:
                 stored: Tensor = handle.get_tensor(key)
@@ -66,9 +69,9 @@ class BaseModel:
                 raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
         return files
 
-    def _tensor_key(self, module: str) -> str:
-        """The layer's tensor in the files. Checkpoints of the bare decoder lack the leading "model."; a tied output
-        embedding is stored once, as the input embedding."""
+    def tensor_key(self, module: str) -> str:
+        """The layer's tensor in the files. Checkpoints of the bare decoder lack the leading
+        "model."; a tied output embedding is stored once, as the input embedding."""
         candidates = [f"{module}.weight", f"{module.removeprefix('model.')}.weight"]
         if module == "lm_head":
             candidates += [key for key in self._files if key.endswith("embed_tokens.weight")]

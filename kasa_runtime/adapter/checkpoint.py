@@ -1,12 +1,14 @@
 """Adapter directories: the one reader and the one writer of the format.
 
     <name>/adapter_config.json          PEFT's LoraConfig, with `kasa_config` for KaSA
-    <name>/adapter_model.safetensors    base_model.model.<layer>.{lora_A.weight (r, in), lora_B.weight (out, r), lora_diag (r,)}
+    <name>/adapter_model.safetensors    base_model.model.<layer>.lora_A.weight (r, in),
+                                        .lora_B.weight (out, r) and .lora_diag (r,)
     <name>/kasa_meta.json               our sidecar, optional
     <name>/README.md                    model card, optional
 
-Read: what PEFT writes (KaSA and plain LoRA), what the authors' code writes (`lora_diag` and no `kasa_config`; the core may
-be a dense (r, r) matrix), and our own. An adapter is applied whole or refused whole; the message says what is wrong.
+Read: what PEFT writes (KaSA and plain LoRA), what the authors' code writes (`lora_diag` and no
+`kasa_config`; the core may be a dense (r, r) matrix), and our own. An adapter is applied whole or
+refused whole; the message says what is wrong.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def read(directory: Path, base: BaseModel) -> Adapter:
     """The adapter in `directory`, checked against `base`; tensors in float32 on the CPU.
 
-    Raises AdapterInvalid (cannot be read or applied exactly) or BaseMismatch (made for other weights)."""
+    Raises AdapterInvalid (cannot be read or applied exactly) or BaseMismatch (made for other
+    weights)."""
     tensors = _read_tensors(directory)
     has_diagonal = any(name.endswith(".lora_diag") for name in tensors)
     raw = _read_json(directory / CONFIG_FILE)
@@ -63,8 +66,9 @@ def read(directory: Path, base: BaseModel) -> Adapter:
     meta = _read_meta(directory, raw, has_diagonal=has_diagonal)
     if meta.base_fingerprint and meta.base_fingerprint != base.fingerprint:
         raise BaseMismatch(
-            f"made for a base with fingerprint {meta.base_fingerprint[:16]}… ({config.base_model_name or 'no name'}), "
-            f"this base is {base.fingerprint[:16]}… ({base.directory.name}); serve it on the base it was trained on"
+            f"made for a base with fingerprint {meta.base_fingerprint[:16]}… "
+            f"({config.base_model_name or 'no name'}), this base is {base.fingerprint[:16]}… "
+            f"({base.directory.name}); serve it on the base it was trained on"
         )
     modules = {
         name: _module_weights(name, parts, config, base)
@@ -82,7 +86,8 @@ def write(
     dtype: torch.dtype = torch.float32,
     readme: str | None = None,
 ) -> None:
-    """Write `adapter` as an adapter directory, each file by rename. PEFT reads it where PEFT can express it."""
+    """Write `adapter` as an adapter directory, each file by rename. PEFT reads it where PEFT can
+    express it."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, weights in sorted(adapter.modules.items()):
@@ -103,7 +108,8 @@ def write(
 
 
 def peft_can_serve(adapter: Adapter) -> bool:
-    """Whether PEFT, which always truncates r components by `min_dim`, would apply this adapter exactly."""
+    """Whether PEFT, which always truncates r components by `min_dim`, would apply this adapter
+    exactly."""
     if adapter.method is AdapterMethod.LORA:
         return True
     meta = adapter.meta
@@ -177,8 +183,8 @@ def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         match = _TENSOR.fullmatch(key)
         if match is None:
             raise AdapterInvalid(
-                f"unknown tensor {key}; want base_model.model.<layer>.lora_A.weight, .lora_B.weight or .lora_diag, and what "
-                "is not understood is not dropped"
+                f"unknown tensor {key}; want base_model.model.<layer>.lora_A.weight, "
+                ".lora_B.weight or .lora_diag, and what is not understood is not dropped"
             )
         modules.setdefault(match["module"], {})[match["part"]] = tensor
     return modules
@@ -187,7 +193,8 @@ def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def _module_weights(
     name: str, parts: Mapping[str, Tensor], config: AdapterConfig, base: BaseModel
 ) -> ModuleWeights:
-    """One layer's tensors, present and of the right shapes; a dense core D is folded into A, exactly."""
+    """One layer's tensors, present and of the right shapes; a dense core D is folded into A,
+    exactly."""
     shape = base.modules.get(name)
     if shape is None:
         raise AdapterInvalid(
@@ -213,8 +220,8 @@ def _module_weights(
 def _require_shape(key: str, tensor: Tensor, want: tuple[int, ...], r: int) -> None:
     if tuple(tensor.shape) != want:
         raise AdapterInvalid(
-            f"{key} has shape {tuple(tensor.shape)}, want {want} for r = {r}; is adapter_config.json of another adapter, or "
-            "the base another model?"
+            f"{key} has shape {tuple(tensor.shape)}, want {want} for r = {r}; is "
+            "adapter_config.json of another adapter, or the base another model?"
         )
 
 
@@ -224,7 +231,8 @@ def _require_every_target(
     absent = [name for name in base.modules if name not in modules and config.targets(name)]
     if absent:
         raise AdapterInvalid(
-            f"target_modules names {len(absent)} layers that have no tensors, the first is {absent[0]}; the file is incomplete"
+            f"target_modules names {len(absent)} layers that have no tensors, the first is "
+            f"{absent[0]}; the file is incomplete"
         )
 
 

@@ -1,7 +1,9 @@
-"""`adapter_config.json` (PEFT's format) and `kasa_meta.json` (our sidecar), parsed and checked key by key.
+"""`adapter_config.json` (PEFT's format) and `kasa_meta.json` (our sidecar), parsed and checked key
+by key.
 
-Whatever would change the adapter's meaning and is not applied here exactly is refused by name: an unknown key with a
-value, DoRA, a trained bias, whole modules saved beside the deltas, an initialisation that rewrote the base.
+Whatever would change the adapter's meaning and is not applied here exactly is refused by name: an
+unknown key with a value, DoRA, a trained bias, whole modules saved beside the deltas, an
+initialisation that rewrote the base.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ PATTERN_TIMEOUT_S = 0.2
 
 # Keys that say nothing about what the tensors mean at inference.
 _IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "layers_pattern", "loftq_config",
-    "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-    "ensure_weight_tying", "fan_in_fan_out",
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "loftq_config", "lora_dropout",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
 _UNDERSTOOD = {
-    "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "kasa_config", "layers_to_transform",
-    "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
+    "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "kasa_config",
+    "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules",
+    "use_rslora",
 }  # fmt: skip
 # Initialisations after which the adapter belongs to a base whose weights they rewrote.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -37,7 +40,8 @@ _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What `adapter_config.json` says. `target_modules` is a regular expression when it is a string."""
+    """What `adapter_config.json` says. `target_modules` is a regular expression when it is a
+    string."""
 
     r: int
     lora_alpha: float
@@ -55,7 +59,8 @@ class AdapterConfig:
     task_type: str = "CAUSAL_LM"
 
     def rank_of(self, module: str) -> int:
-        """r of one layer. Raises AdapterInvalid (as all methods here) on a pattern that is no regular expression."""
+        """r of one layer. Raises AdapterInvalid (as all methods here) on a pattern that is no
+        regular expression."""
         return int(_lookup(self.rank_pattern, module, self.r))
 
     def scaling_of(self, module: str) -> float:
@@ -76,7 +81,8 @@ class AdapterConfig:
 class AdapterMeta:
     """What `kasa_meta.json` says, or what stands for it where there is none.
 
-    `truncation_rank` None: each layer's t is its r. `truncation_ranks` overrides single layers by their path."""
+    `truncation_rank` None: each layer's t is its r. `truncation_ranks` overrides single layers by
+    their path."""
 
     truncation_rule: TruncationRule
     truncation_rank: int | None = None
@@ -93,21 +99,22 @@ class AdapterMeta:
 
 
 def parse_config(raw: Mapping[str, Any], *, has_diagonal: bool) -> AdapterConfig:
-    """`adapter_config.json` as a checked value. `has_diagonal`: the tensors include a `lora_diag`, which makes an
-    adapter without `kasa_config` one of the authors' code. Raises AdapterInvalid."""
+    """`adapter_config.json` as a checked value. `has_diagonal`: the tensors include a `lora_diag`,
+    which makes an adapter without `kasa_config` one of the authors' code. Raises AdapterInvalid."""
     _refuse_unsupported(raw)
     kasa = raw.get("kasa_config")
     if kasa is not None and not isinstance(kasa, Mapping):
         raise AdapterInvalid(f"adapter_config.json: kasa_config must be an object, got {kasa!r}")
     regularisers = kasa or {}
+    ranks, alphas = _object(raw, "rank_pattern"), _object(raw, "alpha_pattern")
     is_kasa = kasa is not None or has_diagonal
     return AdapterConfig(
         r=_integer(raw, "r", 1),
         lora_alpha=_number(raw.get("lora_alpha", raw["r"]), "lora_alpha"),
         target_modules=_names(raw.get("target_modules"), "target_modules"),
         method=AdapterMethod.KASA if is_kasa else AdapterMethod.LORA,
-        rank_pattern={k: _integer(_object(raw, "rank_pattern"), k, 1) for k in _object(raw, "rank_pattern")},
-        alpha_pattern={k: _number(v, f"alpha_pattern.{k}") for k, v in _object(raw, "alpha_pattern").items()},
+        rank_pattern={k: _integer(ranks, k, 1) for k in ranks},
+        alpha_pattern={k: _number(v, f"alpha_pattern.{k}") for k, v in alphas.items()},
         use_rslora=bool(raw.get("use_rslora", False)),
         beta=_number(regularisers.get("beta", 1e-4), "kasa_config.beta"),
         gamma=_number(regularisers.get("gamma", 1e-3), "kasa_config.gamma"),
@@ -122,7 +129,8 @@ def parse_config(raw: Mapping[str, Any], *, has_diagonal: bool) -> AdapterConfig
 def parse_meta(
     raw: Mapping[str, Any] | None, *, has_kasa_config: bool, has_diagonal: bool
 ) -> AdapterMeta:
-    """The sidecar as a checked value; without one, the rule that the other files imply. Raises AdapterInvalid."""
+    """The sidecar as a checked value; without one, the rule that the other files imply. Raises
+    AdapterInvalid."""
     if raw is None:
         if has_kasa_config:
             return AdapterMeta(TruncationRule.MIN_DIM)
@@ -130,22 +138,23 @@ def parse_meta(
     version = raw.get("format_version")
     if version != 1:
         raise AdapterInvalid(
-            f"kasa_meta.json: want format_version 1, got {version!r}; a newer kasa-runtime wrote it, upgrade this one"
+            f"kasa_meta.json: want format_version 1, got {version!r}; a newer kasa-runtime wrote "
+            "it, upgrade this one"
         )
     known = {f for f in AdapterMeta.__dataclass_fields__}
     if unknown := sorted(set(raw) - known):
         raise AdapterInvalid(
             f"kasa_meta.json: unknown keys {unknown}, want some of {sorted(known)}"
         )
-    rules = [rule.value for rule in TruncationRule]
-    if raw.get("truncation_rule") not in rules:
+    rules, rule = [rule.value for rule in TruncationRule], raw.get("truncation_rule")
+    if rule not in rules:
         raise AdapterInvalid(
-            f"kasa_meta.json: truncation_rule must be one of {rules}, got {raw.get('truncation_rule')!r}"
+            f"kasa_meta.json: truncation_rule must be one of {rules}, got {rule!r}"
         )
     rank = None if raw.get("truncation_rank") is None else _integer(raw, "truncation_rank", 0)
     ranks = _object(raw, "truncation_ranks")
     return AdapterMeta(
-        truncation_rule=TruncationRule(raw["truncation_rule"]),
+        truncation_rule=TruncationRule(rule),
         truncation_rank=rank,
         truncation_ranks={k: _integer(ranks, k, 0) for k in ranks},
         ortho_form=str(raw.get("ortho_form", "gram_r")),
@@ -158,8 +167,9 @@ def parse_meta(
 def config_json(config: AdapterConfig, *, peft_can_serve: bool) -> str:
     """`adapter_config.json` as PEFT 0.21 writes it.
 
-    PEFT derives the truncation from r alone. Where ours is another one, `peft_type` is "KASA", which PEFT refuses,
-    rather than "LORA", with which it would apply the wrong truncation without a word."""
+    PEFT derives the truncation from r alone. Where ours is another one, `peft_type` is "KASA",
+    which PEFT refuses, rather than "LORA", with which it would apply the wrong truncation without a
+    word."""
     kasa = config.method is AdapterMethod.KASA
     names = config.target_modules
     raw = {
@@ -197,20 +207,21 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         raise AdapterInvalid(
             f'adapter_config.json: want peft_type "LORA", got {raw.get("peft_type")!r}'
         )
-    if raw.get("bias", "none") not in ("none", None):
-        raise AdapterInvalid(
-            f'adapter_config.json: bias = {raw["bias"]!r} is not supported, train with bias = "none"'
-        )
+    bias = raw.get("bias")
+    if bias not in ("none", None):
+        raise AdapterInvalid(f'adapter_config.json: want bias "none", got {bias!r}; train without')
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_REWRITES_BASE):
         raise AdapterInvalid(
-            f"adapter_config.json: init_lora_weights = {init!r} rewrote the base weights, so this adapter is wrong on the "
-            "original base; convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+            f"adapter_config.json: init_lora_weights = {init!r} rewrote the base weights, so this "
+            "adapter is wrong on the original base; convert it to a plain LoRA with PEFT's "
+            "path_initial_model_for_weight_conversion"
         )
     for key in raw.keys() - _IGNORED - _UNDERSTOOD:
         if raw[key] not in (None, False, [], {}, "", ()):
             raise AdapterInvalid(
-                f"adapter_config.json: {key} = {raw[key]!r} cannot be applied exactly, so none of it is served"
+                f"adapter_config.json: {key} = {raw[key]!r} cannot be applied exactly, so none of "
+                "the adapter is served"
             )
 
 

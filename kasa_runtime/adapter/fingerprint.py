@@ -1,8 +1,8 @@
 """The identity of a base model: a digest of its weights.
 
-Two directories with the same tensors have the same fingerprint, whatever their names, shards or timestamps; one bit
-changed anywhere gives another. Computing it reads every weight once, so the result is remembered beside the tails,
-keyed by the files' paths, sizes and modification times.
+Two directories with the same tensors have the same fingerprint, whatever their names, shards or
+timestamps; one bit changed anywhere gives another. Computing it reads every weight once, so the
+result is remembered beside the tails, keyed by the files' paths, sizes and modification times.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from kasa_runtime.home import kasa_home
 
 
 def fingerprint(model_dir: Path) -> str:
-    """The hexadecimal sha256 over all tensors (name, dtype, shape, bytes) of the directory's safetensors files.
+    """The hexadecimal sha256 over all tensors (name, dtype, shape, bytes) of the directory's
+    safetensors files.
 
     Raises ModelError where there are none or one cannot be read."""
     files = weight_files(model_dir)
@@ -34,7 +35,8 @@ def fingerprint(model_dir: Path) -> str:
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """The directory's safetensors files: those that its index names, else all. Raises ModelError if there are none."""
+    """The directory's safetensors files: those that its index names, else all. Raises ModelError if
+    there are none."""
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

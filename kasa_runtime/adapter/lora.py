@@ -1,7 +1,8 @@
 """Fold: from the tensors of an adapter to the low-rank deltas that an engine applies.
 
-Legend as in `kasa.py`. A folded layer is (a, b, t): its delta on the untouched base is b a - P Q with the layer's
-tail of rank t, which all adapters share. As one plain LoRA of rank r + t it is [b | -P] [a ; Q].
+Legend as in `kasa.py`. A folded layer is (a, b, t): its delta on the untouched base is b a - P Q
+with the layer's tail of rank t, which all adapters share. As one plain LoRA of rank r + t it is [b
+| -P] [a ; Q].
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class ModuleWeights:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as it lies on disk. `truncation` holds t of every layer, the rule already applied to its shape."""
+    """An adapter as it lies on disk. `truncation` holds t of every layer, the rule already applied
+    to its shape."""
 
     config: AdapterConfig
     meta: AdapterMeta
@@ -42,7 +44,8 @@ class Adapter:
 
 @dataclass(frozen=True)
 class ModuleDelta:
-    """One folded layer: b (out, r) holds s * diag(d), a (r, in), and t columns of the shared tail are subtracted."""
+    """One folded layer: b (out, r) holds s * diag(d), a (r, in), and t columns of the shared tail
+    are subtracted."""
 
     a: Tensor
     b: Tensor
@@ -84,6 +87,7 @@ def fold(adapter: Adapter, key: str) -> AdapterWeights:
 
 
 def plain_lora(delta: ModuleDelta, tail: Tail) -> tuple[Tensor, Tensor]:
-    """The layer as one plain LoRA on the untouched base, scaling 1: A (r + t, in), B (out, r + t)."""
+    """The layer as one plain LoRA on the untouched base, scaling 1: A (r + t, in), B (out, r +
+    t)."""
     tail = tail.last(delta.t)
     return torch.cat([delta.a, tail.q]), torch.cat([delta.b, -tail.p], dim=1)

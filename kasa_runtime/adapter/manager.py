@@ -1,8 +1,9 @@
 """Adapters at run time: which versions exist, which are in the engine, who holds them.
 
-The only place that changes residency. A request holds a lease on one version from admission to its last token; replacing,
-rolling back, deleting and evicting never touch a version with leases. Everything that reads or writes files runs on
-other threads; the state here belongs to the event loop.
+The only place that changes residency. A request holds a lease on one version from admission to its
+last token; replacing, rolling back, deleting and evicting never touch a version with leases.
+Everything that reads or writes files runs on other threads; the state here belongs to the event
+loop.
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ class AdapterManager:
         self._publishing = asyncio.Lock()
         self._merging = asyncio.Lock()
 
-    # --- the directory -------------------------------------------------------------------------------
+    # --- the directory
+    # -------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Take in what is there, then go on watching."""
@@ -114,7 +116,8 @@ class AdapterManager:
             await self._watcher
 
     async def rescan(self, *, settled: bool = False) -> None:
-        """Look at the directory once. A change counts when two scans in a row see it, or at once if `settled`."""
+        """Look at the directory once. A change counts when two scans in a row see it, or at once if
+        `settled`."""
         found = await asyncio.to_thread(self.store.scan)
         for name, signature in found.items():
             if self._signatures.get(name) == signature:
@@ -128,7 +131,8 @@ class AdapterManager:
         self._settling = found | dict.fromkeys(gone, "gone")
 
     def list(self) -> list[AdapterInfo]:
-        """All adapters, by name; a name whose directory was refused has an entry more, quarantined."""
+        """All adapters, by name; a name whose directory was refused has an entry more,
+        quarantined."""
         entries = [*self._current.values(), *self._quarantined.values()]
         return sorted((self._live(i) for i in entries), key=lambda i: (i.name, i.state))
 
@@ -139,7 +143,8 @@ class AdapterManager:
             return self._quarantined[name]
         return self._live(await self._resolve(name, version))
 
-    # --- use -----------------------------------------------------------------------------------------
+    # --- use
+    # -----------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def lease(self, spec: str) -> AsyncIterator[Lease]:
@@ -163,7 +168,8 @@ class AdapterManager:
         return await self.get(spec)
 
     async def unload(self, spec: str) -> AdapterInfo:
-        """Take a version out of the engine; with its last lease if it is held. Raises AdapterInUse if merged."""
+        """Take a version out of the engine; with its last lease if it is held. Raises AdapterInUse
+        if merged."""
         info = await self.get(spec)
         if _key(info) == self.merged:
             raise AdapterInUse(f"{_key(info)} is merged; unmerge it first", name=info.name)
@@ -171,7 +177,8 @@ class AdapterManager:
         return await self.get(spec)
 
     async def merge(self, spec: str) -> AdapterInfo:
-        """Write a version into the weights. Requests go on; the one merged before is unmerged by the same switch."""
+        """Write a version into the weights. Requests go on; the one merged before is unmerged by
+        the same switch."""
         async with self._merging, self.lease(spec) as lease:
             start = time.perf_counter()
             await self._host.merge_adapter(lease.key)
@@ -194,13 +201,15 @@ class AdapterManager:
         """Name -> tier, of what is in the engine."""
         return {key.partition("@")[0]: "slot" for key, r in self._resident.items() if r.ready}
 
-    # --- change --------------------------------------------------------------------------------------
+    # --- change
+    # --------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def upload(self, manifest: UploadManifest) -> AsyncIterator[Upload]:
         """Stage an adapter; `commit` publishes it, leaving without discards it.
 
-        Raises InvalidRequest, VersionConflict, StoreReadOnly; whatever the caller's block raises counts as rejected."""
+        Raises InvalidRequest, VersionConflict, StoreReadOnly; whatever the caller's block raises
+        counts as rejected."""
         try:
             check_manifest(manifest)
             self._check_expected(manifest)
@@ -227,7 +236,8 @@ class AdapterManager:
         return self._live(info)
 
     async def delete(self, name: str) -> None:
-        """Remove a name and all its versions; requests in flight finish. Raises AdapterInUse if one is merged."""
+        """Remove a name and all its versions; requests in flight finish. Raises AdapterInUse if one
+        is merged."""
         check_name(name)
         if self.merged is not None and self.merged.partition("@")[0] == name:
             raise AdapterInUse(f"{self.merged} is merged; unmerge it before deleting it", name=name)
@@ -235,7 +245,8 @@ class AdapterManager:
             await asyncio.to_thread(self.store.delete, name)
             await self._drop(name)
 
-    # --- inside --------------------------------------------------------------------------------------
+    # --- inside
+    # --------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         while True:
@@ -279,7 +290,8 @@ class AdapterManager:
                 await self._drop(name)
 
     async def _publish(self, manifest: UploadManifest, staged: Path) -> AdapterInfo:
-        """The second half of an upload: the staged files are complete and have the announced digests."""
+        """The second half of an upload: the staged files are complete and have the announced
+        digests."""
         await asyncio.to_thread(self._verify, staged)
         async with self._publishing:
             self._check_expected(manifest)
@@ -296,8 +308,8 @@ class AdapterManager:
         found = current.version if current else ""
         if found != manifest.expected_version:
             raise VersionConflict(
-                f"{manifest.name}: expected version {manifest.expected_version or 'none'!r}, current is "
-                f"{found or 'none'!r}; look at it and upload again",
+                f"{manifest.name}: expected version {manifest.expected_version or 'none'!r}, "
+                f"current is {found or 'none'!r}; look at it and upload again",
                 name=manifest.name,
             )
 
@@ -328,7 +340,9 @@ class AdapterManager:
         if current is not None and (not version or version == current.version):
             return current
         if current is None and not version and name in self._quarantined:
-            raise AdapterQuarantined(f"{name} was refused: {self._quarantined[name].reason}", name=name)
+            raise AdapterQuarantined(
+                f"{name} was refused: {self._quarantined[name].reason}", name=name
+            )
         if not version:
             raise AdapterNotFound(
                 f"no adapter {name!r}; there are {sorted(self._current) or 'none'}", name=name
@@ -337,7 +351,8 @@ class AdapterManager:
         return await asyncio.to_thread(self._inspect, stored)
 
     async def _hold(self, key: str, info: AdapterInfo) -> Resident:
-        """Count a lease on a resident version, starting to load it if nobody has. Waits while no slot can be freed."""
+        """Count a lease on a resident version, starting to load it if nobody has. Waits while no
+        slot can be freed."""
         async with self._slot_freed:
             while key not in self._resident:
                 if len(self._resident) < self._max_slots or await self._evict_one():
@@ -356,10 +371,10 @@ class AdapterManager:
             resident.loading.cancelled() or resident.loading.exception() is not None
         )
         async with self._slot_freed:
-            if failed and self._resident.get(key) is resident:
-                del self._resident[key]
-            elif resident.retired and not resident.leases and key != self.merged:
-                if self._resident.get(key) is resident:
+            if self._resident.get(key) is resident:
+                if failed:
+                    del self._resident[key]
+                elif resident.retired and not resident.leases and key != self.merged:
                     await self._unload(key)
             self._slot_freed.notify_all()
 
@@ -408,7 +423,9 @@ class AdapterManager:
     def _read(self, key: str, info: AdapterInfo) -> AdapterWeights:
         stored = self.store.version(info.name, info.version)
         if content_digest(stored.directory) != info.version:
-            raise AdapterInvalid(f"{key}: its files changed on disk after they were checked", name=info.name)
+            raise AdapterInvalid(
+                f"{key}: its files changed on disk after they were checked", name=info.name
+            )
         return fold(checkpoint.read(stored.directory, self._base), key)
 
     def _warm_tails(self, weights: AdapterWeights) -> None:

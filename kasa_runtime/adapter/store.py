@@ -1,12 +1,14 @@
 """The adapters directory: what is in it, in which versions.
 
-    adapters/<name>/                        where people put adapters; only ever read, except by delete
-    adapters/.kasa/versions/<name>/<v>/     immutable copies, v being the digest of the content
-    adapters/.kasa/names/<name>.json        which version is current, the order of versions, the content last seen in <name>/
-    adapters/.kasa/staging/                 uploads and copies in progress; emptied at start
+    adapters/<name>/                      where people put adapters; only read, except by delete
+    adapters/.kasa/versions/<name>/<v>/   immutable copies, v being the digest of the content
+    adapters/.kasa/names/<name>.json      the current version, all versions in order, and the
+                                          content last seen in <name>/
+    adapters/.kasa/staging/               uploads and copies in progress; emptied at start
 
-A version enters by rename and `names/<name>.json` moves by rename, so a crash at any moment leaves the old or the new
-state. On a directory that cannot be written the store serves what it finds in place.
+A version enters by rename and `names/<name>.json` moves by rename, so a crash at any moment leaves
+the old or the new state. On a directory that cannot be written the store serves what it finds in
+place.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def check_name(name: str, field: str = "name") -> str:
 
 @dataclass(frozen=True)
 class NameRecord:
-    """`names/<name>.json`. `versions`: oldest first. `seen`: content digest of `<name>/` when it was last taken in."""
+    """`names/<name>.json`. `versions`: oldest first. `seen`: content digest of `<name>/` when it
+    was last taken in."""
 
     current: str
     versions: tuple[str, ...]
@@ -64,7 +67,8 @@ class StoredVersion:
 
 
 class AdapterStore:
-    """Files only: it does not know what an adapter means. Blocking, so never called on the event loop."""
+    """Files only: it does not know what an adapter means. Blocking, so never called on the event
+    loop."""
 
     def __init__(self, root: Path, keep_versions: int = 5) -> None:
         self.root = root
@@ -96,7 +100,8 @@ class AdapterStore:
         matches = sorted({v for v in versions if v.startswith(version)})
         if len(matches) != 1:
             raise AdapterNotFound(
-                f"{name}@{version}: want one of the versions {list(versions)}, found {len(matches)} that match",
+                f"{name}@{version}: want one of the versions {list(versions)}, "
+                f"found {len(matches)} that match",
                 name=name,
             )
         if name in self._in_place and self._in_place[name].version == matches[0]:
@@ -109,7 +114,8 @@ class AdapterStore:
         return record.versions if record else ()
 
     def scan(self) -> dict[str, str]:
-        """The adapters that people put into the directory, by name, each with a cheap signature of its files."""
+        """The adapters that people put into the directory, by name, each with a cheap signature of
+        its files."""
         found = {}
         for path in sorted(self.root.iterdir()) if self.root.is_dir() else ():
             if NAME.fullmatch(path.name) and path.is_dir() and (path / REQUIRED_FILES[0]).exists():
@@ -119,8 +125,9 @@ class AdapterStore:
     def take_in(self, name: str, verify: Callable[[Path], None]) -> StoredVersion | None:
         """Make what lies in `<name>/` the current version; None if that was done before.
 
-        `verify` looks at an immutable copy first, and what it raises leaves everything as it was. A read-only store
-        serves `<name>/` where it is. Raises OSError while somebody is still writing there."""
+        `verify` looks at an immutable copy first, and what it raises leaves everything as it was. A
+        read-only store serves `<name>/` where it is. Raises OSError while somebody is still writing
+        there."""
         source = self.root / name
         digest = content_digest(source)
         if not self.writable:
@@ -138,7 +145,8 @@ class AdapterStore:
             return self.publish(name, staged, seen=digest)
 
     def forget_if_taken_from(self, name: str) -> bool:
-        """Drop a name whose directory is gone, if what it serves is what lay there. True if it was dropped."""
+        """Drop a name whose directory is gone, if what it serves is what lay there. True if it was
+        dropped."""
         self._in_place.pop(name, None)
         record = self._record(name)
         if record is None or record.current != record.seen or not self.writable:
@@ -148,9 +156,12 @@ class AdapterStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A directory to build a version in; gone at the end unless it was published. Raises StoreReadOnly."""
+        """A directory to build a version in; gone at the end unless it was published. Raises
+        StoreReadOnly."""
         if not self.writable:
-            raise StoreReadOnly(f"{self.root} cannot be written; mount it writable to upload adapters")
+            raise StoreReadOnly(
+                f"{self.root} cannot be written; mount it writable to upload adapters"
+            )
         path = Path(tempfile.mkdtemp(dir=self._state / "staging"))
         try:
             yield path
@@ -173,7 +184,9 @@ class AdapterStore:
         versions = (*(v for v in record.versions if v != version), version)
         self._write_record(
             name,
-            NameRecord(version, versions[-self.keep_versions :], record.seen if seen is None else seen),
+            NameRecord(
+                version, versions[-self.keep_versions :], record.seen if seen is None else seen
+            ),
         )
         for old in versions[: -self.keep_versions]:
             shutil.rmtree(self._version_dir(name, old), ignore_errors=True)
@@ -189,7 +202,8 @@ class AdapterStore:
         return stored
 
     def delete(self, name: str) -> None:
-        """Remove a name with all its versions, and the directory it was taken from. Raises AdapterNotFound."""
+        """Remove a name with all its versions, and the directory it was taken from. Raises
+        AdapterNotFound."""
         self._require_writable()
         if self._record(name) is None and not (self.root / name).is_dir():
             raise AdapterNotFound(self._missing(name), name=name)
@@ -201,7 +215,8 @@ class AdapterStore:
                 versions.rename(trash / "versions")
 
     def _prepare(self) -> bool:
-        """Make the state's folders and clear what a crash left; False if the directory cannot be written."""
+        """Make the state's folders and clear what a crash left; False if the directory cannot be
+        written."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             for folder in ("versions", "names", "staging"):
@@ -228,7 +243,9 @@ class AdapterStore:
 
     def _require_writable(self) -> None:
         if not self.writable:
-            raise StoreReadOnly(f"{self.root} cannot be written; mount it writable to change adapters")
+            raise StoreReadOnly(
+                f"{self.root} cannot be written; mount it writable to change adapters"
+            )
 
     def _missing(self, name: str) -> str:
         return f"no adapter {name!r}; there are {self.names() or 'none'}"
@@ -264,12 +281,15 @@ class AdapterStore:
 
 
 def content_digest(directory: Path) -> str:
-    """The version of an adapter directory: the first digits of the sha256 over its files' names and contents."""
+    """The version of an adapter directory: the first digits of the sha256 over its files' names and
+    contents."""
     total = hashlib.sha256()
     for file in sorted(FILES):
         if (directory / file).is_file():
             with (directory / file).open("rb") as stream:
-                total.update(f"{file}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+                total.update(
+                    f"{file}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
+                )
     return total.hexdigest()[:VERSION_DIGITS]
 
 

@@ -1,7 +1,8 @@
 """Tails on disk: computed once per base model and layer, read back ever after.
 
-`${KASA_HOME}/tails/<base fingerprint>/<layer>.safetensors` holds one layer's factors at some rank; every smaller rank is
-its last columns. A file appears by rename, so any number of processes may compute and read at once.
+`${KASA_HOME}/tails/<base fingerprint>/<layer>.safetensors` holds one layer's factors at some rank;
+every smaller rank is its last columns. A file appears by rename, so any number of processes may
+compute and read at once.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from kasa_runtime.home import kasa_home
 logger = logging.getLogger(__name__)
 
 MIN_STORED_RANK = 32
-"""Computing more columns is nearly free, and spares the next adapter with a larger rank the decomposition."""
+"""Computing more columns is nearly free, and spares the next adapter with a larger rank the
+decomposition."""
 
 UNSTABLE_GAP = 1e-5
-"""Below this relative gap at the cut the dropped subspace differs between machines (method: nearly equal values)."""
+"""Below this relative gap at the cut the dropped subspace differs between machines (method: nearly
+equal values)."""
 
 
 class TailCache:
@@ -48,7 +51,8 @@ class TailCache:
         return tail.rank if tail else 0
 
     def get(self, module: str, t: int) -> Tail:
-        """The tail of rank `t` of a layer; computed and stored if need be. Raises ValueError if t >= min(out, in)."""
+        """The tail of rank `t` of a layer; computed and stored if need be. Raises ValueError if t
+        >= min(out, in)."""
         tail = self._memory.get(module)
         if tail is None or tail.rank < t:
             tail = self._read(module)
@@ -58,9 +62,12 @@ class TailCache:
         wanted = tail.last(t)
         if wanted.gap < UNSTABLE_GAP:
             logger.warning(
-                "%s: the singular values on both sides of truncation rank %d are nearly equal (relative gap %.1e), so "
-                "this tail may differ on another machine", module, t, wanted.gap,
-            )  # fmt: skip
+                "%s: the singular values on both sides of truncation rank %d are nearly equal "
+                "(relative gap %.1e), so this tail may differ on another machine",
+                module,
+                t,
+                wanted.gap,
+            )
         return wanted
 
     def _compute(self, module: str, t: int) -> Tail:
@@ -84,7 +91,8 @@ class TailCache:
         return Tail(p, q, s, gap)
 
     def _write(self, module: str, tail: Tail) -> None:
-        """Best effort: a full or read-only disk costs the next start time, not this one correctness."""
+        """Best effort: a full or read-only disk costs the next start time, not this one
+        correctness."""
         path = self._path(module)
         staged = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {"p": tail.p, "q": tail.q, "singular_values": tail.singular_values}

@@ -1,4 +1,5 @@
-"""One upload in progress: files staged byte by byte, their digests checked, then handed on to be published."""
+"""One upload in progress: files staged byte by byte, their digests checked, then handed on to be
+published."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ class Upload:
         self._publish = publish
 
     async def write(self, path: str, offset: int, data: bytes) -> None:
-        """Append a chunk. Raises InvalidRequest (a path that was not announced, a gap) or DigestMismatch (more
-        bytes than announced)."""
+        """Append a chunk. Raises InvalidRequest (a path that was not announced, a gap) or
+        DigestMismatch (more bytes than announced)."""
         announced = self._files.get(path)
         if announced is None:
             raise InvalidRequest("chunk.path", f"{path!r} is not in the manifest")
@@ -73,8 +74,8 @@ class Upload:
         await asyncio.to_thread(self._append, path, data)
 
     async def commit(self) -> AdapterInfo:
-        """Check sizes and digests, then content, then publish. Raises DigestMismatch, AdapterInvalid, BaseMismatch,
-        VersionConflict; nothing is published then."""
+        """Check sizes and digests, then content, then publish. Raises DigestMismatch,
+        AdapterInvalid, BaseMismatch, VersionConflict; nothing is published then."""
         for file in self._files.values():
             self._check_complete(file)
         return await self._publish()

@@ -1,7 +1,7 @@
 """The engine protocol: token ids in, token ids out, adapters by key.
 
-An engine knows no names, versions, files or text; `runtime.py` translates. Everything here is called on the event loop
-and never blocks it.
+An engine knows no names, versions, files or text; `runtime.py` translates. Everything here is
+called on the event loop and never blocks it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from kasa_runtime.types import FinishReason, Mode, SamplingParams, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """`adapter` is the key of a loaded adapter, None for the base. `deadline_s` is on time.monotonic's clock."""
+    """`adapter` is the key of a loaded adapter, None for the base. `deadline_s` is on
+    time.monotonic's clock."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -27,8 +28,8 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """What one step added to a request; the last one has `finish_reason`. `scheduled_s` (time.monotonic) is when the
-    request first entered a step; None while it never did."""
+    """What one step added to a request; the last one has `finish_reason`. `scheduled_s`
+    (time.monotonic) is when the request first entered a step; None while it never did."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -84,8 +85,8 @@ class Engine(ABC):
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Outputs of one request, one item per step that produced something.
 
-        Closing the generator cancels: it takes effect at the next step and frees the cache. Raises KeyError when
-        the adapter is not loaded, at the first iteration."""
+        Closing the generator cancels: it takes effect at the next step and frees the cache. Raises
+        KeyError when the adapter is not loaded, at the first iteration."""
 
     @abstractmethod
     async def load_adapter(self, adapter: AdapterWeights) -> None:
@@ -95,12 +96,14 @@ class Engine(ABC):
 
     @abstractmethod
     async def unload_adapter(self, key: str) -> None:
-        """Free the slot; no-op if it is not there. The caller guarantees that no request uses it."""
+        """Free the slot; no-op if it is not there. The caller guarantees that no request uses
+        it."""
 
     @abstractmethod
     async def merge_adapter(self, key: str) -> None:
-        """Write a loaded adapter into the weights, between two steps. Its requests then cost nothing extra; all
-        others, running ones included, go on exactly, by the difference of deltas. Replaces the one merged before."""
+        """Write a loaded adapter into the weights, between two steps. Its requests then cost
+        nothing extra; all others, running ones included, go on exactly, by the difference of
+        deltas. Replaces the one merged before."""
 
     @abstractmethod
     async def unmerge_adapter(self) -> None:

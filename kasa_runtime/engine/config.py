@@ -24,7 +24,8 @@ class EngineConfig:
         default="auto", metadata={"help": "auto (CUDA when there is one), cpu, cuda or cuda:N"}
     )
     threads: int = field(
-        default=0, metadata={"help": "CPU threads of the model; 0: one per core the process may use"}
+        default=0,
+        metadata={"help": "CPU threads of the model; 0: one per core the process may use"},
     )
     max_num_seqs: int = field(
         default=64, metadata={"help": "requests that are in one step at the same time"}
@@ -50,7 +51,13 @@ class EngineConfig:
         for name in ("executor", "dtype"):
             if getattr(self, name) not in (allowed := get_args(hints[name])):
                 raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_slots", "max_rank"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "max_slots",
+            "max_rank",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("threads", "max_queue", "max_model_len"):

@@ -2,9 +2,10 @@
 
     y = x W^T + bias + ((x A^T) * mask) B^T
 
-A (columns, in) stacks the factors of all resident adapters and the shared tail, B (out, columns) likewise with -P for the
-tail; `mask` (tokens, columns) gives every row its own adapter's columns: +1 for the row's adapter, -1 for an adapter
-that is merged into W, 0 elsewhere. Rows without any delta, and steps without such rows, cost nothing.
+A (columns, in) stacks the factors of all resident adapters and the shared tail, B (out, columns)
+likewise with -P for the tail; `mask` (tokens, columns) gives every row its own adapter's columns:
++1 for the row's adapter, -1 for an adapter that is merged into W, 0 elsewhere. Rows without any
+delta, and steps without such rows, cost nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ PACK_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which columns of a layer's stacked factors are whose. Layers with equal layouts share one mask.
+    """Which columns of a layer's stacked factors are whose. Layers with equal layouts share one
+    mask.
 
-    `slots`: (slot, first column, rank, t) of each adapter in this layer; `tail`: rank of the shared tail, which is last."""
+    `slots`: (slot, first column, rank, t) of each adapter in this layer; `tail`: rank of the shared
+    tail, which is last."""
 
     slots: tuple[tuple[int, int, int, int], ...]
     tail: int
@@ -37,7 +40,8 @@ class Layout:
         return sum(rank for _, _, rank, _ in self.slots) + self.tail
 
     def columns(self, slot: int) -> Tensor | None:
-        """1 in the columns of an adapter and of its share of the tail (num_columns,); None if it has none here."""
+        """1 in the columns of an adapter and of its share of the tail (num_columns,); None if it
+        has none here."""
         for found, first, rank, t in self.slots:
             if found == slot:
                 row = torch.zeros(self.num_columns)
@@ -51,7 +55,8 @@ class Layout:
 class Factors:
     """The stacked factors of one layer.
 
-    Plain tensors: oneDNN's packed products cost 20 us a call, more than these whole products take."""
+    Plain tensors: oneDNN's packed products cost 20 us a call, more than these whole products
+    take."""
 
     layout: Layout
     a: Tensor  # (columns, in)
@@ -59,7 +64,8 @@ class Factors:
 
 
 def stack(deltas: Mapping[int, ModuleDelta], tail: Tail | None, like: Tensor) -> Factors:
-    """The factors of the adapters `deltas` (by slot) over one layer, in the dtype and on the device of `like`."""
+    """The factors of the adapters `deltas` (by slot) over one layer, in the dtype and on the device
+    of `like`."""
     slots, first = [], 0
     for slot, delta in sorted(deltas.items()):
         slots.append((slot, first, delta.rank, delta.t))
@@ -78,7 +84,8 @@ def stack(deltas: Mapping[int, ModuleDelta], tail: Tail | None, like: Tensor) ->
 
 
 class StepMasks:
-    """The masks of the current step, one per layout, made when the first layer asks for it. Step thread only."""
+    """The masks of the current step, one per layout, made when the first layer asks for it. Step
+    thread only."""
 
     def __init__(self) -> None:
         self.merged_slot = -1
@@ -87,7 +94,8 @@ class StepMasks:
         self._masks: dict[Layout, Tensor | None] = {}
 
     def begin(self, slots: list[int], num_tokens: list[int], like: Tensor) -> None:
-        """Start a step whose sequences have these adapter slots (-1: base) and numbers of tokens."""
+        """Start a step whose sequences have these adapter slots (-1: base) and numbers of
+        tokens."""
         self._masks.clear()
         self._like = like
         if all(slot == self.merged_slot for slot in slots):
@@ -121,8 +129,8 @@ class StepMasks:
 
 
 class AdaptedLinear(nn.Module):
-    """Stands in for a linear layer of the model. `weight` is what is served now; `pristine` is the base's own while
-    an adapter is merged, kept untouched, so that unmerging cannot drift."""
+    """Stands in for a linear layer of the model. `weight` is what is served now; `pristine` is the
+    base's own while an adapter is merged, kept untouched, so that unmerging cannot drift."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, masks: StepMasks) -> None:
         super().__init__()
@@ -149,7 +157,8 @@ class AdaptedLinear(nn.Module):
         self.weight = packed
 
     def set_pristine(self) -> None:
-        """Serve the base's own weight again, the very tensor that was loaded. Step thread, between steps."""
+        """Serve the base's own weight again, the very tensor that was loaded. Step thread, between
+        steps."""
         if self._pristine is not None:
             self.weight, self._pristine = self._pristine, None
 
@@ -162,7 +171,8 @@ class AdaptedLinear(nn.Module):
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """`weight` (out, in) in the layout in which it multiplies fastest: oneDNN's blocked one on CPU, else itself."""
+    """`weight` (out, in) in the layout in which it multiplies fastest: oneDNN's blocked one on CPU,
+    else itself."""
     if weight.device.type != "cpu" or not _can_pack(weight):
         return weight.contiguous()
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)

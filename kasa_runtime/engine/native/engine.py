@@ -1,8 +1,9 @@
-"""The native engine: one thread owns the model and runs `step()`; the event loop talks to it through an inbox.
+"""The native engine: one thread owns the model and runs `step()`; the event loop talks to it
+through an inbox.
 
-A step is schedule, run, sample, postprocess. Requests join and leave between any two steps. Outputs cross to the event
-loop once per step, whatever the number of tokens. A change of adapters is made ready on a third thread and only
-committed, which is a swap of pointers, between two steps.
+A step is schedule, run, sample, postprocess. Requests join and leave between any two steps. Outputs
+cross to the event loop once per step, whatever the number of tokens. A change of adapters is made
+ready on a third thread and only committed, which is a swap of pointers, between two steps.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ class NativeEngine(Engine):
             commit = await asyncio.to_thread(self._executor.prepare_unmerge)
             await self._between_steps(lambda: self._commit_merge(NO_SLOT, commit))
 
-    # --- step thread ---------------------------------------------------------------------------------
+    # --- step thread
+    # ---------------------------------------------------------------------------------
 
     def step(self) -> list[EngineOutput]:
         """One iteration. Step thread only; public so that tests can read it and drive it."""
@@ -237,7 +239,8 @@ class NativeEngine(Engine):
             max_num_batched_tokens=self.config.max_num_batched_tokens,
         )
         self.limits = EngineLimits(
-            # A sequence that fits the cache alone can always finish, whatever else is preempted for it.
+            # A sequence that fits the cache alone can always finish, whatever else is preempted for
+            # it.
             context_length=min(executor.context_length, executor.num_blocks * block_size),
             vocab_size=executor.vocab_size,
             eos_ids=executor.eos_ids,
@@ -261,7 +264,8 @@ class NativeEngine(Engine):
         commit()
         self._merged_slot = slot
 
-    # --- crossing between the threads ----------------------------------------------------------------
+    # --- crossing between the threads
+    # ----------------------------------------------------------------
 
     async def _between_steps(self, commit: Commit) -> None:
         """Run `commit` on the step thread before its next step, and wait for it."""

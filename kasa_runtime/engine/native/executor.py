@@ -1,7 +1,8 @@
 """The executor seam: below it, one packed batch of tokens becomes logits.
 
-Scheduler, block manager, sampler and slots are written once above it. An executor owns the model's weights, the KV cache
-and the low-rank factors of the resident adapters, and decides how they are laid out.
+Scheduler, block manager, sampler and slots are written once above it. An executor owns the model's
+weights, the KV cache and the low-rank factors of the resident adapters, and decides how they are
+laid out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class TailSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """One sequence's share of a packed batch: `num_tokens` new tokens after `num_computed` that are in the cache."""
+    """One sequence's share of a packed batch: `num_tokens` new tokens after `num_computed` that are
+    in the cache."""
 
     num_tokens: int
     num_computed: int
@@ -67,7 +69,8 @@ class PackedBatch:
 
 
 class Executor(ABC):
-    """`run` and every Commit are called on the step thread; `prepare_*` on any other, one at a time."""
+    """`run` and every Commit are called on the step thread; `prepare_*` on any other, one at a
+    time."""
 
     name: str
     dtype: str
@@ -80,7 +83,8 @@ class Executor(ABC):
 
     @abstractmethod
     def run(self, batch: PackedBatch) -> Tensor:
-        """Logits (num_logits, vocab) float32; keys and values of the new tokens are stored in their blocks."""
+        """Logits (num_logits, vocab) float32; keys and values of the new tokens are stored in their
+        blocks."""
 
     @abstractmethod
     def prepare_load(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> Commit:

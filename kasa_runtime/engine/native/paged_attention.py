@@ -1,7 +1,8 @@
 """Attention over a packed batch and a paged KV cache, as an attention function of transformers.
 
-transformers' own model code calls `paged_attention` in every layer through its attention interface; the step's
-`AttentionPlan` travels there as a keyword argument. Queries, keys and values come as (1, heads, tokens, head_dim).
+transformers' own model code calls `paged_attention` in every layer through its attention interface;
+the step's `AttentionPlan` travels there as a keyword argument. Queries, keys and values come as (1,
+heads, tokens, head_dim).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ NAME = "kasa_paged"
 
 @dataclass(frozen=True)
 class KvCache:
-    """Keys and values of all layers, (num_slots, kv_heads, head_dim) each; a block is `block_size` slots in a row."""
+    """Keys and values of all layers, (num_slots, kv_heads, head_dim) each; a block is `block_size`
+    slots in a row."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -75,13 +77,14 @@ def paged_attention(
     plan: AttentionPlan | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Store the new keys and values, attend to all stored ones. Returns (1, tokens, heads, head_dim).
+    """Store the new keys and values, attend to all stored ones. Returns (1, tokens, heads,
+    head_dim).
 
     Raises ModelError for an architecture that this function cannot serve exactly."""
     if plan is None:
         raise ModelError(
-            "this architecture does not pass keyword arguments on to its attention function, so the native engine "
-            "cannot serve it; try another engine"
+            "this architecture does not pass keyword arguments on to its attention function, so "
+            "the native engine cannot serve it; try another engine"
         )
     if s_aux is not None:
         raise ModelError("attention sinks are not supported by the torch executor")
@@ -92,7 +95,9 @@ def paged_attention(
     out = torch.empty_like(query[0].transpose(0, 1), memory_format=torch.contiguous_format)
     for group in plan.groups:
         window = _windowed(group, sliding_window)
-        out[group.rows] = _attend(query[0, :, group.rows], keys, values, group, window, scaling, softcap)
+        out[group.rows] = _attend(
+            query[0, :, group.rows], keys, values, group, window, scaling, softcap
+        )
     return out[None], None
 
 
@@ -111,7 +116,8 @@ def _attend(
     queries, share = num_rows // n, heads // kv_heads
     k = keys[group.key_slots].view(n, -1, kv_heads, head_dim).transpose(1, 2)
     v = values[group.key_slots].view(n, -1, kv_heads, values.shape[2]).transpose(1, 2)
-    # Heads that share a key head become queries of it, so that no key is copied: (n, kv_heads, share * queries, dim).
+    # Heads that share a key head become queries of it, so that no key is copied: (n, kv_heads,
+    # share * queries, dim).
     q = query.view(kv_heads, share, n, queries, head_dim).permute(2, 0, 1, 3, 4)
     q = q.reshape(n, kv_heads, share * queries, head_dim)
     mask = mask.repeat(1, 1, share, 1) if queries > 1 else mask
@@ -142,7 +148,8 @@ def _slots(block_table: Any, length: int, block_size: int) -> Tensor:
 
 
 def _runs(sequences: tuple[SequenceSlice, ...]) -> list[tuple[slice, int, int]]:
-    """(rows, first, last) of the groups: neighbouring single-token sequences together, each longer one alone."""
+    """(rows, first, last) of the groups: neighbouring single-token sequences together, each longer
+    one alone."""
     runs: list[tuple[slice, int, int]] = []
     row = 0
     for i, seq in enumerate(sequences):

@@ -1,7 +1,8 @@
 """From logits to the next token of every sequence, vectorised over the batch.
 
-Every draw is a pure function of the logits, the parameters, the seed and the position in the output: neither the rest
-of the batch nor a preemption changes it. Greedy rows never sort the vocabulary.
+Every draw is a pure function of the logits, the parameters, the seed and the position in the
+output: neither the rest of the batch nor a preemption changes it. Greedy rows never sort the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def sample(
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """The next token of each row and, where asked for, its log-probabilities.
 
-    `logits` (len(rows), vocab) float32 may be changed in place. Order: penalties, temperature, top_k, top_p, min_p."""
+    `logits` (len(rows), vocab) float32 may be changed in place. Order: penalties, temperature,
+    top_k, top_p, min_p."""
     raw = _rows_for_logprobs(logits, rows)
     _forbid_early_end(logits, rows, eos_ids)
     _apply_penalties(logits, rows)
@@ -36,13 +38,15 @@ def sample(
 
 
 def _uniform(seq: Sequence) -> float:
-    """A number in [0, 1) from the seed and the output position (Philox, a counter-based generator)."""
+    """A number in [0, 1) from the seed and the output position (Philox, a counter-based
+    generator)."""
     generator = np.random.Generator(np.random.Philox(key=seq.seed, counter=seq.num_output_tokens))
     return float(generator.random())
 
 
 def _draw(logits: Tensor, params: SamplingParams, u: float) -> int:
-    """One token from the filtered distribution: inverse cumulative distribution at `u`. `logits` (vocab,)."""
+    """One token from the filtered distribution: inverse cumulative distribution at `u`. `logits`
+    (vocab,)."""
     probs = torch.softmax(logits / params.temperature, dim=-1, dtype=torch.float64)
     if params.top_k or params.top_p < 1:
         candidates, ids = _nucleus(probs, params)
@@ -57,7 +61,8 @@ def _draw(logits: Tensor, params: SamplingParams, u: float) -> int:
 
 
 def _nucleus(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The top_k most likely tokens, then the fewest of those whose share reaches top_p; most likely first."""
+    """The top_k most likely tokens, then the fewest of those whose share reaches top_p; most likely
+    first."""
     vocab = probs.shape[0]
     k = min(params.top_k or NUCLEUS_GUESS, vocab)
     top, ids = probs.topk(k)

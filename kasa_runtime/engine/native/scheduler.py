@@ -1,8 +1,9 @@
 """Who takes part in the next step, and with how many tokens.
 
-First come, first served. Running sequences go first, each with its pending tokens; what is left of the token budget
-admits waiting ones, in chunks if a prompt is longer than the rest. When the cache is full the sequence that came last
-gives its blocks back and recomputes later, so the oldest always finishes.
+First come, first served. Running sequences go first, each with its pending tokens; what is left of
+the token budget admits waiting ones, in chunks if a prompt is longer than the rest. When the cache
+is full the sequence that came last gives its blocks back and recomputes later, so the oldest always
+finishes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class ScheduledBatch:
 class Scheduler:
     """Waiting and running sequences, over a block manager. Step thread only."""
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
         self.blocks = blocks
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival

@@ -13,7 +13,8 @@ from kasa_runtime.engine.native.executor import NO_SLOT
 class Sequence:
     """Prompt and output so far, and where its keys and values are. Step thread only.
 
-    The cache holds the first `num_computed` tokens; a preempted sequence starts again from 0 and recomputes."""
+    The cache holds the first `num_computed` tokens; a preempted sequence starts again from 0 and
+    recomputes."""
 
     request: EngineRequest
     slot: int = NO_SLOT

@@ -1,7 +1,8 @@
-"""The torch executor: transformers' own model, its attention and its linear layers swapped. CPU and CUDA; the reference.
+"""The torch executor: transformers' own model, its attention and its linear layers swapped. CPU and
+CUDA; the reference.
 
-No model definition lives here. The attention function is handed in through transformers' attention interface, and
-every linear layer is replaced by an `AdaptedLinear`.
+No model definition lives here. The attention function is handed in through transformers' attention
+interface, and every linear layer is replaced by an `AdaptedLinear`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from kasa_runtime.adapter.kasa import Tail, merged_weight
@@ -24,6 +30,7 @@ from kasa_runtime.engine.native.adapted_linear import (
     StepMasks,
     pack_weight,
     stack,
+    unpack_weight,
 )
 from kasa_runtime.engine.native.executor import (
     NO_SLOT,
@@ -68,7 +75,9 @@ class TorchExecutor(Executor):
     def run(self, batch: PackedBatch) -> Tensor:
         plan = AttentionPlan.make(batch, self._cache)
         self._masks.begin(
-            [s.slot for s in batch.sequences], [s.num_tokens for s in batch.sequences], self._cache.keys[0]
+            [s.slot for s in batch.sequences],
+            [s.num_tokens for s in batch.sequences],
+            self._cache.keys[0],
         )
         output = self._model(
             input_ids=batch.token_ids.to(self._device)[None],
@@ -83,7 +92,9 @@ class TorchExecutor(Executor):
         missing = [name for name in adapter.modules if name not in self._layers]
         if missing:
             raise CapacityExceeded(f"{adapter.key}: this engine cannot adapt {missing[0]}")
-        return self._prepare_residents({**self._adapters, slot: adapter}, set(adapter.modules), tails)
+        return self._prepare_residents(
+            {**self._adapters, slot: adapter}, set(adapter.modules), tails
+        )
 
     def prepare_unload(self, slot: int) -> Commit:
         adapters = {s: a for s, a in self._adapters.items() if s != slot}
@@ -121,8 +132,6 @@ class TorchExecutor(Executor):
 
     def weights(self) -> dict[str, Tensor]:
         """Dense copies of the weights that are served now, by layer. For tests and checks."""
-        from kasa_runtime.engine.native.adapted_linear import unpack_weight
-
         return {name: unpack_weight(layer.weight) for name, layer in self._layers.items()}
 
     def _prepare_residents(
@@ -171,7 +180,8 @@ class TorchExecutor(Executor):
         self.eos_ids = _eos_ids(self._model)
 
     def _allocate_cache(self, config: EngineConfig) -> KvCache:
-        """All of the KV cache at once: memory that is touched first at start-up is not touched first in a step."""
+        """All of the KV cache at once: memory that is touched first at start-up is not touched
+        first in a step."""
         text = self._model.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -180,35 +190,39 @@ class TorchExecutor(Executor):
         self.num_blocks = min(config.kv_cache_bytes // (token_bytes * config.block_size), wanted)
         if self.num_blocks < 1:
             raise ConfigError(
-                f"kv_cache_gib = {config.kv_cache_gib} holds no block of {config.block_size} tokens of "
-                f"{token_bytes} bytes; raise it"
+                f"kv_cache_gib = {config.kv_cache_gib} holds no block of {config.block_size} "
+                f"tokens of {token_bytes} bytes; raise it"
             )
         shape = (self.num_blocks * config.block_size, heads, head_dim)
 
         def zeros() -> list[Tensor]:
-            like = {"dtype": self._model.dtype, "device": self._device}
-            return [torch.zeros(shape, **like) for _ in range(self.num_layers)]
+            dtype, device = self._model.dtype, self._device
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_layers)]
 
         return KvCache(zeros(), zeros(), config.block_size)
 
     def _warm_up(self) -> None:
-        """One step on block 0, so that an architecture that cannot be served fails here and not in a request."""
+        """One step on block 0, so that an architecture that cannot be served fails here and not in
+        a request."""
         length = min(2, self._cache.block_size)
         seq = SequenceSlice(length, 0, [0], NO_SLOT)
         try:
             self.run(PackedBatch.pack([0] * length, [seq], [length - 1]))
         except (TypeError, RuntimeError, AttributeError) as error:
-            raise ModelError(f"{type(self._model).__name__} does not run on this engine: {error}") from error
+            raise ModelError(
+                f"{type(self._model).__name__} does not run on this engine: {error}"
+            ) from error
 
 
-def _load_model(model_dir: Path, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
+def _load_model(model_dir: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=dtype, attn_implementation=NAME, use_safetensors=True
         )
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{model_dir}: cannot load this model: {error}") from error
-    return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
+    nn.Module.to(model.eval().requires_grad_(False), device)
+    return model
 
 
 def _adapt_layers(model: nn.Module, masks: StepMasks) -> dict[str, AdaptedLinear]:
@@ -230,7 +244,9 @@ def _device(config: EngineConfig) -> torch.device:
     try:
         return torch.device(config.device)
     except RuntimeError as error:
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}") from error
+        raise ConfigError(
+            f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}"
+        ) from error
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> Any:
@@ -239,9 +255,9 @@ def _dtype(config: EngineConfig, device: torch.device) -> Any:
     return torch.float32 if device.type == "cpu" else "auto"
 
 
-def _eos_ids(model: nn.Module) -> frozenset[int]:
+def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
     generation: GenerationConfig | None = getattr(model, "generation_config", None)
     eos = generation.eos_token_id if generation else None
     if eos is None:
-        eos = model.config.eos_token_id  # type: ignore[union-attr]
+        eos = model.config.eos_token_id
     return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])

@@ -1,0 +1,66 @@
+"""`kasa adapters verify` and `export`: adapters on disk, without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+directory_argument = click.argument(
+    "directory", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+model_option = click.option(
+    "--model", default="smollm2-135m", show_default=True, help="the base model it was trained on"
+)
+
+
+@click.command()
+@directory_argument
+@model_option
+def verify(directory: Path, model: str) -> None:
+    """Check that DIRECTORY holds an adapter that can be served exactly on the base model."""
+    from kasa_runtime.adapter import checkpoint
+    from kasa_runtime.adapter.base import BaseModel
+    from kasa_runtime.base_model.source import resolve
+
+    adapter = checkpoint.read(directory, BaseModel(resolve(model)))
+    meta = adapter.meta
+    click.echo(
+        f"{directory}: a {adapter.method} adapter of rank {adapter.config.r} on "
+        f"{len(adapter.modules)} layers, truncation {meta.truncation_rule} of rank "
+        f"{max(adapter.truncation.values(), default=0)}, base "
+        f"{'checked' if meta.base_fingerprint else 'not recorded, only shapes checked'}"
+    )
+
+
+@click.command()
+@directory_argument
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["lora", "merged"]), required=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="of the LoRA's tensors; a merged model keeps the base's",
+)
+@model_option
+def export(directory: Path, target: Path, form: str, dtype: str, model: str) -> None:
+    """Write the adapter in DIRECTORY to TARGET in a form that other engines serve exactly.
+
+    lora: a plain LoRA of rank r + t on the untouched base. merged: the whole model.
+    """
+    import torch
+
+    from kasa_runtime.adapter.export import export_lora, export_merged
+    from kasa_runtime.adapter.tails import TailCache
+    from kasa_runtime.base_model.source import resolve
+
+    if target.exists():
+        raise click.BadParameter(f"{target} exists", param_hint="TARGET")
+    tails = TailCache.for_model(resolve(model))
+    if form == "lora":
+        export_lora(directory, target, tails, getattr(torch, dtype))
+    else:
+        export_merged(directory, target, tails)
+    click.echo(str(target))
