@@ -69,6 +69,99 @@ def upload(
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
+    columns = (*Progress.get_default_columns()[:3], DownloadColumn(), TransferSpeedColumn())
+    with _client(address) as client, Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("uploading")
+        info = client.upload(
+            directory,
+            name=name,
+            expected_version=expected_version,
+            progress=lambda sent, size: bar.update(task, completed=sent, total=size),
+        )
+    _print(info, as_json)
+
+
+@command.command()
+@click.argument("name")
+@address_option
+def delete(name: str, address: str) -> None:
+    """Delete an adapter with all its versions."""
+    with _client(address) as client:
+        client.delete_adapter(name)
+    click.echo(f"deleted {name}")
+
+
+@command.command()
+@click.argument("name")
+@click.option("--version", default="", help="default: the one before the current")
+@json_option
+@address_option
+def rollback(name: str, version: str, address: str, as_json: bool) -> None:
+    """Make an older version of an adapter current."""
+    with _client(address) as client:
+        _print(client.rollback_adapter(name, version), as_json)
+
+
+def _named(method: str, help: str) -> None:
+    """A sub-command that takes a name: `load` calls `Client.load_adapter`."""
+
+    @command.command(method, help=help)
+    @click.argument("name")
+    @json_option
+    @address_option
+    def named(name: str, address: str, as_json: bool) -> None:
+        with _client(address) as client:
+            call: Callable[[str], AdapterInfo] = getattr(client, f"{method}_adapter")
+            _print(call(name), as_json)
+
+
+_named("load", "Bring an adapter into the engine ahead of its first request.")
+_named("unload", "Take an adapter out of the engine.")
+_named("merge", "Put an adapter inside the base weights.")
+
+
+@command.command()
+@address_option
+def unmerge(address: str) -> None:
+    """Put the pristine base weights back."""
+    with _client(address) as client:
+        client.unmerge_adapter()
+    click.echo("the base weights are back")
+
+
+def _client(address: str) -> Client:
+    from kasa_runtime.client import Client  # here: `--help` does not need gRPC
+
+    return Client(address)
+
+
+def _print(info: AdapterInfo, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        click.echo(json.dumps(asdict(info), indent=2))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in _fields(info).items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _fields(info: AdapterInfo) -> dict[str, str]:
+    fields: dict[str, Any] = asdict(info) | {
+        "target_modules": ", ".join(info.target_modules),
+        "size_bytes": _size(info.size_bytes),
+        "create_time": _time(info.create_time),
+    }
+    return {name: str(value) for name, value in fields.items() if value not in ("", None)}
+
+
+def _print_table(infos: list[AdapterInfo]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table("name", "version", "state", "method", box=None)
     for column in ("rank", "truncation", "size", "in flight"):
         table.add_column(column, justify="right", no_wrap=True)
