@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kasa_runtime.commands.adapter_files import export, verify
 from kasa_runtime.commands.generate import address_option
 from kasa_runtime.types import AdapterInfo, AdapterState
 
@@ -31,6 +32,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="print JSON")
 @click.group("adapters")
 def command() -> None:
     """List, upload, merge and otherwise manage adapters of a running server."""
+
+
+command.add_command(verify)
+command.add_command(export)
 
 
 @command.command("list")
