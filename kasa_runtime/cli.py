@@ -1,5 +1,5 @@
-"""`kasa`: the console script. Sub-commands live in `kasa_runtime/commands/` and are imported when called, so that
-`kasa --help` does not pay for torch.
+"""`kasa`: the console script. Sub-commands live in `kasa_runtime/commands/` and are imported when
+called, so that `kasa --help` does not pay for torch.
 
 Exit status: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
 """

@@ -14,6 +14,7 @@
     │   └── AdapterInUse          requests hold it, or it is merged
     ├── StoreReadOnly             the adapters directory cannot be written
     ├── Overloaded                try again later; carries `retry_after_s`
+    │   └── ShuttingDown          try again elsewhere
     ├── CapacityExceeded          does not fit the engine's settings, now or ever
     ├── EngineDead                the step thread has ended
     └── TrainingError
@@ -95,6 +96,10 @@ class Overloaded(KasaError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class ShuttingDown(Overloaded):
+    """The server is draining and takes no new requests; another one, or the next one, will."""
 
 
 class CapacityExceeded(KasaError):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.errors import InvalidRequest, Overloaded
+from kasa_runtime.errors import InvalidRequest, Overloaded, ShuttingDown
 from kasa_runtime.types import (
     BASE,
     AdapterInfo,
@@ -241,7 +241,7 @@ class Runtime:
 
     def _refuse_if_full(self) -> None:
         if self._draining:
-            raise Overloaded("this server is shutting down; try another one", retry_after_s=5.0)
+            raise ShuttingDown("this server is shutting down; try another", retry_after_s=5.0)
         if self._in_flight >= self._max_in_flight:
             raise Overloaded(
                 f"{self._in_flight} requests are running or waiting, the limit is "

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -94,7 +96,7 @@ class TailCache:
         """Best effort: a full or read-only disk costs the next start time, not this one
         correctness."""
         path = self._path(module)
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
+        staged = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         tensors = {"p": tail.p, "q": tail.q, "singular_values": tail.singular_values}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,8 @@ class TailCache:
             staged.replace(path)
         except (OSError, SafetensorError) as error:
             logger.warning("%s: cannot store this tail (%s)", path, error)
-            staged.unlink(missing_ok=True)
+            with suppress(OSError):
+                staged.unlink()
 
     def _path(self, module: str) -> Path:
         return self.directory / f"{module}.safetensors"
