@@ -8,6 +8,7 @@ interface, and every linear layer is replaced by an `AdaptedLinear`.
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
 
 from kasa_runtime.adapter.kasa import Tail, merged_weight
 from kasa_runtime.adapter.lora import AdapterWeights
@@ -46,9 +48,12 @@ from kasa_runtime.engine.native.paged_attention import (
     KvCache,
     paged_attention,
 )
-from kasa_runtime.errors import CapacityExceeded, ConfigError, ModelError
+from kasa_runtime.errors import CapacityExceeded, ConfigError, KasaError, ModelError
 
 logger = logging.getLogger(__name__)
+
+SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Kinds of decoder layers, as transformers' configurations call them, that attend to a KV cache alone."""
 
 
 class TorchExecutor(Executor):
@@ -67,9 +72,16 @@ class TorchExecutor(Executor):
         self._layers = _adapt_layers(self._model, self._masks)
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
         self._tails: dict[str, Tail] = {}  # per layer, the largest that a resident adapter needs
-        self._describe(config)
-        self._cache = self._allocate_cache(config)
-        self._warm_up()
+        try:
+            self._describe(config)
+            self._cache = self._allocate_cache(config)
+            self._warm_up()
+        except KasaError:
+            raise
+        except Exception as error:  # the architecture's own code, which raises what it likes
+            raise ModelError(
+                f"{type(self._model).__name__} does not run on this engine: {error}"
+            ) from error
 
     @torch.inference_mode()
     def run(self, batch: PackedBatch) -> Tensor:
@@ -169,6 +181,11 @@ class TorchExecutor(Executor):
 
     def _describe(self, config: EngineConfig) -> None:
         text = self._model.config.get_text_config()
+        if unknown := set(getattr(text, "layer_types", None) or ()) - SERVED_LAYERS:
+            raise ModelError(
+                f"{type(self._model).__name__} has layers of kind {sorted(unknown)}, this engine "
+                f"serves {sorted(SERVED_LAYERS)}; try another engine"
+            )
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.vocab_size = text.vocab_size
         limit = getattr(text, "max_position_embeddings", None) or 2048
@@ -202,19 +219,34 @@ class TorchExecutor(Executor):
         return KvCache(zeros(), zeros(), config.block_size)
 
     def _warm_up(self) -> None:
-        """One step on block 0, so that an architecture that cannot be served fails here and not in
-        a request."""
-        length = min(2, self._cache.block_size)
-        seq = SequenceSlice(length, 0, [0], NO_SLOT)
-        try:
-            self.run(PackedBatch.pack([0] * length, [seq], [length - 1]))
-        except (TypeError, RuntimeError, AttributeError) as error:
+        """A few tokens in one step, then again in two: the logits agree unless the architecture
+        keeps a state, or counts positions, beside what an executor hands it. Such a one fails here
+        and not, without a word, in every request. Raises ModelError."""
+        length = min(8, self.context_length, self.num_blocks * self._cache.block_size)
+        token_ids = [i % self.vocab_size for i in range(length)]
+        first = max(1, length // 2)
+        whole = self._probe(token_ids, 0)[first:]
+        self._probe(token_ids[:first], 0)
+        if first == length:
+            return
+        error = torch.dist(self._probe(token_ids[first:], first), whole)
+        exact = self._model.dtype in (torch.float32, torch.float64)
+        if not error <= (0.01 if exact else 0.25) * torch.dist(whole, whole.mean()):
             raise ModelError(
-                f"{type(self._model).__name__} does not run on this engine: {error}"
-            ) from error
+                f"{type(self._model).__name__} gives other logits when a prompt is split over two "
+                "steps, so this engine cannot serve it; try another engine"
+            )
+
+    def _probe(self, token_ids: list[int], num_computed: int) -> Tensor:
+        """Logits of all these tokens of one sequence, which has the first blocks."""
+        num_blocks = -(-(num_computed + len(token_ids)) // self._cache.block_size)
+        seq = SequenceSlice(len(token_ids), num_computed, range(num_blocks), NO_SLOT)
+        return self.run(PackedBatch.pack(token_ids, [seq], list(range(len(token_ids)))))
 
 
 def _load_model(model_dir: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of loading weights: in a log it is one endless line
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=dtype, attn_implementation=NAME, use_safetensors=True
