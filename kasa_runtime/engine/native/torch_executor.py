@@ -53,7 +53,8 @@ from kasa_runtime.errors import CapacityExceeded, ConfigError, KasaError, ModelE
 logger = logging.getLogger(__name__)
 
 SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
-"""Kinds of decoder layers, as transformers' configurations call them, that attend to a KV cache alone."""
+"""Kinds of decoder layers, as transformers' configurations call them, that attend to a KV cache
+alone."""
 
 
 class TorchExecutor(Executor):
