@@ -250,7 +250,8 @@ def _logprobs(entry: Any) -> t.TokenLogprobs:
 
 def _same(result: type[Result], message: Any) -> Result:
     """A dataclass from a message with the same fields."""
-    return result(**{f.name: getattr(message, f.name) for f in fields(result)})
+    names = (f.name for f in fields(result))  # type: ignore[arg-type]  # Result is a dataclass
+    return result(**{name: getattr(message, name) for name in names})
 
 
 def _enum(ours: Callable[[str], Result], wire: Any, number: int) -> Any:
@@ -282,8 +283,8 @@ def error(rpc_error: Any, address: str) -> Exception:
     message = rpc_error.details() or ""
     details = _details(rpc_error)
     info = details.get("ErrorInfo")
-    error_type = _CLASSES.get(info.reason) if info is not None else None
-    if error_type is None:
+    error_type = None if info is None else _CLASSES.get(info.reason)
+    if info is None or error_type is None:
         return _unexplained(rpc_error.code(), message, address)
     if issubclass(error_type, errors.InvalidRequest):
         violation = details["BadRequest"].field_violations[0]

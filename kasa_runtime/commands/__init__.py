@@ -1,1 +1,2 @@
-"""The sub-commands of `kasa`, a module each; `kasa_runtime/cli.py` imports the one that is called."""
+"""The sub-commands of `kasa`, a module each; `kasa_runtime/cli.py` imports the one that is
+called."""
