@@ -1,4 +1,4 @@
-"""Tiny configurations: architectures that the torch executor serves, and some that it must refuse."""
+"""Tiny configurations of architectures that the torch executor serves, and of some it refuses."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def bare(tiny_llama: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def adapters(base: BaseModel) -> list[AdapterWeights]:
-    """KaSA on everything, KaSA of another rank on a part, plain LoRA of a third rank on another part."""
+    """KaSA everywhere, KaSA of another rank on some layers, plain LoRA of a third on others."""
     return [
         make_deltas(base, "kasa@1", ATTENTION + MLP, r=4, t=4, seed=1),
         make_deltas(base, "kasa-wide@1", ("q_proj", "k_proj", "down_proj"), r=8, t=6, seed=2),

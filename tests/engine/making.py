@@ -105,8 +105,8 @@ def make_deltas(
     scale: float = 0.15,
     only: str = "",
 ) -> AdapterWeights:
-    """A folded adapter on the layers whose path ends in one of `targets` and contains `only`. `t` is 0 for
-    plain LoRA."""
+    """A folded adapter on the layers whose path ends in one of `targets` and contains `only`.
+    `t` is 0 for plain LoRA."""
     draw = torch.Generator().manual_seed(seed)
     modules: dict[str, ModuleDelta] = {}
     for name, shape in base.modules.items():

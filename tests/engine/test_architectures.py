@@ -1,4 +1,4 @@
-"""Whole generations of several architectures, and the refusal of those that would come out wrong."""
+"""Generations of several architectures, and the refusal of those that would come out wrong."""
 
 from __future__ import annotations
 

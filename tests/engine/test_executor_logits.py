@@ -1,4 +1,4 @@
-"""The torch executor against transformers' own forward: the same tokens, packed, chunked and cached."""
+"""The torch executor against transformers' own forward: packed, in chunks, from the cache."""
 
 from __future__ import annotations
 
