@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 from kasa_runtime.errors import ModelError
 from kasa_runtime.home import kasa_home
+
+logger = logging.getLogger(__name__)
 
 
 def fingerprint(model_dir: Path) -> str:
@@ -24,13 +28,17 @@ def fingerprint(model_dir: Path) -> str:
     Raises ModelError where there are none or one cannot be read."""
     files = weight_files(model_dir)
     memo = kasa_home() / "fingerprints" / f"{_stat_key(files)}.txt"
-    if memo.is_file():
-        return memo.read_text().strip()
+    with suppress(OSError):
+        if known := memo.read_text().strip():
+            return known
     digest = _digest(files)
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    staged = memo.with_suffix(f".{os.getpid()}")
-    staged.write_text(digest)
-    staged.replace(memo)
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        staged = memo.with_suffix(f".{os.getpid()}")
+        staged.write_text(digest)
+        staged.replace(memo)
+    except OSError as error:
+        logger.warning("%s: cannot remember this fingerprint (%s)", memo, error)
     return digest
 
 
@@ -39,13 +47,23 @@ def weight_files(model_dir: Path) -> list[Path]:
     there are none."""
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [model_dir / name for name in names]
+        return _indexed_files(index)
     files = sorted(model_dir.glob("*.safetensors"))
     if not files:
         raise ModelError(
             f"{model_dir}: want *.safetensors files, found none; is it a model directory?"
         )
+    return files
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [index.with_name(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: not a readable index ({error!r}); fetch it again") from error
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ModelError(f"{index.parent}: {', '.join(missing)} is missing; fetch the model again")
     return files
 
 
@@ -66,29 +84,28 @@ def _digest(files: list[Path]) -> str:
 
 def _tensor_digests(file: Path) -> list[bytes]:
     """One line per tensor of a safetensors file: name, dtype, shape, sha256 of its bytes."""
+    size = file.stat().st_size
     entries = []
     with file.open("rb") as stream:
         try:
             (header_bytes,) = struct.unpack("<Q", stream.read(8))
+            if 8 + header_bytes > size:
+                raise ValueError(f"its header has {header_bytes} bytes, the file {size}")
             header = json.loads(stream.read(header_bytes))
-        except (struct.error, ValueError) as error:
+            header.pop("__metadata__", None)
+            tensors = [(n, i["dtype"], i["shape"], *i["data_offsets"]) for n, i in header.items()]
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"{file}: not a readable safetensors file ({error}); fetch it again"
+                f"{file}: not a readable safetensors file ({error!r}); fetch it again"
             ) from error
-        start = 8 + header_bytes
-        for name, info in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = info["data_offsets"]
-            stream.seek(start + begin)
-            digest = _hash_exactly(stream.read(end - begin), end - begin, file)
-            entries.append(f"{name}|{info['dtype']}|{info['shape']}|{digest}\n".encode())
+        for name, dtype, shape, begin, end in tensors:
+            start, want = 8 + header_bytes + begin, end - begin
+            if start + want > size:
+                raise ModelError(
+                    f"{file}: truncated, {name} has {max(0, size - start)} of {want} bytes; "
+                    "fetch it again"
+                )
+            stream.seek(start)
+            digest = hashlib.sha256(stream.read(want)).hexdigest()
+            entries.append(f"{name}|{dtype}|{shape}|{digest}\n".encode())
     return entries
-
-
-def _hash_exactly(data: bytes, want: int, file: Path) -> str:
-    if len(data) != want:
-        raise ModelError(
-            f"{file}: truncated, a tensor has {len(data)} of {want} bytes; fetch it again"
-        )
-    return hashlib.sha256(data).hexdigest()
