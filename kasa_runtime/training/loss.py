@@ -3,8 +3,8 @@
 Legend, per adapted module: A (r, in), d (r,), B (out, r). L1 is the task loss and is the trainer's.
 All of this file is float32, whatever the dtype of the base.
 
-    L2 = sum_j d_j^2                                       the update's singular values, were A and
-    B orthonormal L3 = ||B^T B - I||_F + ||A A^T - I||_F                 how far they are from that
+    L2 = sum_j d_j^2                             its singular values, were A and B orthonormal
+    L3 = ||B^T B - I||_F + ||A A^T - I||_F       how far A and B are from that
 
 Two deviations among the published implementations are options: `OrthoForm` and `RegReduction`.
 """
