@@ -13,8 +13,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 
@@ -33,6 +35,20 @@ from kasa_runtime.types import FinishReason, Mode, TokenLogprobs
 logger = logging.getLogger(__name__)
 
 Delivery = EngineOutput | BaseException
+P = ParamSpec("P")
+
+
+def carried_through(
+    change: Callable[P, Coroutine[Any, Any, None]],
+) -> Callable[P, Coroutine[Any, Any, None]]:
+    """Goes on to its end when its caller is cancelled: half of a change would leave in the model
+    something else than what is believed to be there."""
+
+    @wraps(change)
+    async def to_the_end(*args: P.args, **kwargs: P.kwargs) -> None:
+        await asyncio.shield(asyncio.ensure_future(change(*args, **kwargs)))
+
+    return to_the_end
 
 
 class NativeEngine(Engine):
@@ -104,6 +120,7 @@ class NativeEngine(Engine):
                 await self._wait_for_end(mailbox)
             del self._mailboxes[request.request_id]
 
+    @carried_through
     async def load_adapter(self, adapter: AdapterWeights) -> None:
         self._require_alive()
         async with self._residency:
@@ -124,7 +141,9 @@ class NativeEngine(Engine):
                 self._slots.release(adapter.key)
                 raise
 
+    @carried_through
     async def unload_adapter(self, key: str) -> None:
+        self._require_alive()
         async with self._residency:
             if key not in self._slots:
                 return
@@ -135,7 +154,9 @@ class NativeEngine(Engine):
             await self._between_steps(commit)
             self._slots.release(key)
 
+    @carried_through
     async def merge_adapter(self, key: str) -> None:
+        self._require_alive()
         async with self._residency:
             slot = self._slots.find(key)
             if slot == self._merged_slot:
@@ -143,7 +164,9 @@ class NativeEngine(Engine):
             commit = await asyncio.to_thread(self._executor.prepare_merge, slot, self._tails)
             await self._between_steps(lambda: self._commit_merge(slot, commit))
 
+    @carried_through
     async def unmerge_adapter(self) -> None:
+        self._require_alive()
         async with self._residency:
             if self._merged_slot == NO_SLOT:
                 return
@@ -312,7 +335,7 @@ class NativeEngine(Engine):
                 return
 
     def _require_alive(self) -> None:
-        if self._death is not None or not self._thread.is_alive():
+        if self._closing or not self.alive:
             raise _dead(self._death)
 
 
