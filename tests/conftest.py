@@ -35,6 +35,14 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer and a chat template; see `tiny.py`."""
+    from tiny import save_tiny_chat_model
+
+    return save_tiny_chat_model(tmp_path_factory.mktemp("models") / "tiny-chat")
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The directory of the real smollm2-135m, fetched on first use; for tests marked real_model."""
     from kasa_runtime.base_model.source import resolve

@@ -1,0 +1,340 @@
+"""The whole server on a tiny model, spoken to over the wire: what clients see when all goes well,
+and when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from adapter.making import make_adapter
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from kasa.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
+
+from kasa_runtime.adapter import checkpoint
+from kasa_runtime.adapter.base import BaseModel
+from kasa_runtime.client import AsyncClient
+from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.types import AdapterState, FinishReason, Mode, SamplingParams
+from server.app import Edge, Server
+from server.config import ServerConfig
+
+LAYERS = ("q_proj", "k_proj", "down_proj")
+GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
+SERVER = ServerConfig(grpc_port=0, http_port=0, drain_s=1.0)
+
+
+@dataclass
+class Live:
+    """A running server, a client, and raw stubs."""
+
+    client: AsyncClient
+    channel: Any
+    adapters_dir: Path
+    address: str
+    url: str
+
+    async def fails(self, call: Any) -> tuple[grpc.StatusCode, dict[str, Any]]:
+        """The code of a call that must fail, and its details by type."""
+        with pytest.raises(grpc.RpcError) as caught:
+            await call
+        details = {}
+        status = rpc_status.from_call(caught.value)
+        assert status is not None
+        for packed in status.details:
+            name = packed.TypeName().removeprefix("google.rpc.")
+            details[name] = getattr(error_details_pb2, name)()
+            packed.Unpack(details[name])
+        return caught.value.code(), details
+
+    def generate(self, **fields: Any) -> Any:
+        message = generation_pb2.GenerateRequest(**fields)
+        return generation_pb2_grpc.GenerationServiceStub(self.channel).Generate(message)
+
+    def upload(self, messages: Iterator[Any]) -> Any:
+        """From a thread: grpc.aio clients lose the status of an upload that is refused early."""
+
+        def call() -> Any:
+            with grpc.insecure_channel(self.address) as channel:
+                return adapters_pb2_grpc.AdapterServiceStub(channel).UploadAdapter(messages)
+
+        return asyncio.to_thread(call)
+
+
+def write_adapter(directory: Path, model: Path, *, seed: int = 0, **options: Any) -> Path:
+    base = BaseModel(model)
+    options = {"base_fingerprint": base.fingerprint, **options}
+    checkpoint.write(directory, make_adapter(base, LAYERS, seed=seed, **options))
+    return directory
+
+
+@pytest.fixture
+async def live(tiny_chat_model: Path, tmp_path: Path) -> AsyncIterator[Live]:
+    adapters_dir = tmp_path / "adapters"
+    write_adapter(adapters_dir / "first", tiny_chat_model, seed=1)
+    write_adapter(adapters_dir / "second", tiny_chat_model, seed=2, kasa=False)
+    native = EngineConfig(threads=1, max_num_seqs=4, max_queue=4, max_slots=4)
+    config = RuntimeConfig(str(tiny_chat_model), adapters_dir, poll_interval_s=0.05, native=native)
+    edge = Edge(SERVER)
+    runtime = await Runtime.create(config, edge)
+    try:
+        async with Server(runtime, edge, SERVER) as server:
+            address = f"127.0.0.1:{server.grpc_port}"
+            url = f"http://127.0.0.1:{server.http_port}"
+            async with (
+                AsyncClient(address) as client,
+                grpc.aio.insecure_channel(address) as channel,
+            ):
+                yield Live(client, channel, adapters_dir, address, url)
+    finally:
+        await runtime.close()
+
+
+async def eventually(condition: Any) -> None:
+    """Until `condition()` (a coroutine function) is true, at most ten seconds."""
+    async with asyncio.timeout(10):
+        while not await condition():
+            await asyncio.sleep(0.02)
+
+
+async def states_of(live: Live, name: str) -> set[AdapterState]:
+    """Of a name whose directory was refused while an older version is served, there are two."""
+    return {i.state for i in await live.client.list_adapters() if i.name == name}
+
+
+async def test_one_batch_of_base_and_adapters_answers_each_as_alone(live: Live) -> None:
+    names = ["", "first", "second", "first"]
+    alone = [await live.client.generate("the fox", adapter=n, sampling=GREEDY) for n in names]
+    together = await asyncio.gather(
+        *(live.client.generate("the fox", adapter=n, sampling=GREEDY) for n in names)
+    )
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    assert len({a.token_ids for a in alone}) == 3  # the adapters change something
+    assert together[1].adapter.startswith("first@")
+    assert together[1].mode is Mode.BATCHED
+    assert together[0].mode is Mode.BASE
+
+
+async def test_a_directory_copied_in_is_served_without_restart(
+    live: Live, tiny_chat_model: Path
+) -> None:
+    source = write_adapter(live.adapters_dir.parent / "elsewhere", tiny_chat_model, seed=3)
+    shutil.copytree(source, live.adapters_dir / "third")
+    await eventually(lambda: _is(live, "third", AdapterState.READY))
+    answer = await live.client.generate("the fox", adapter="third", sampling=GREEDY)
+    assert answer.adapter.startswith("third@")
+
+
+async def _is(live: Live, name: str, state: AdapterState) -> bool:
+    return state in await states_of(live, name)
+
+
+async def test_a_torn_directory_is_quarantined_and_nothing_else_suffers(
+    live: Live, tiny_chat_model: Path
+) -> None:
+    torn = write_adapter(live.adapters_dir.parent / "torn", tiny_chat_model, seed=3)
+    weights = torn / checkpoint.WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-100])
+    shutil.copytree(torn, live.adapters_dir / "torn")
+    await eventually(lambda: _is(live, "torn", AdapterState.QUARANTINED))
+    (info,) = [i for i in await live.client.list_adapters() if i.name == "torn"]
+    assert "torn or not a safetensors file" in info.reason
+    code, _ = await live.fails(live.generate(adapter="torn", prompt="the fox"))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert (await live.client.generate("the fox", adapter="first", sampling=GREEDY)).token_ids
+
+
+async def test_overwriting_with_a_torn_file_leaves_the_old_version_served(
+    live: Live,
+) -> None:
+    before = await live.client.generate("the fox", adapter="first", sampling=GREEDY)
+    weights = live.adapters_dir / "first" / checkpoint.WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-100])
+    await eventually(lambda: _is(live, "first", AdapterState.QUARANTINED))
+    after = await live.client.generate("the fox", adapter="first", sampling=GREEDY)
+    assert (after.token_ids, after.adapter) == (before.token_ids, before.adapter)
+
+
+async def test_upload_replace_rollback_delete(live: Live, tiny_chat_model: Path) -> None:
+    scratch = live.adapters_dir.parent
+    one = write_adapter(scratch / "one", tiny_chat_model, seed=4)
+    two = write_adapter(scratch / "two", tiny_chat_model, seed=5)
+    first = await live.client.upload(one, name="up", expected_version="")
+    second = await live.client.upload(two, name="up", expected_version=first.version)
+    assert first.version != second.version
+    new = await live.client.generate("the fox", adapter="up", sampling=GREEDY)
+    pinned = f"up@{first.version}"
+    old = await live.client.generate("the fox", adapter=pinned, sampling=GREEDY)
+    assert (new.adapter, old.adapter) == (f"up@{second.version}", pinned)
+    assert new.token_ids != old.token_ids
+    assert (await live.client.rollback_adapter("up")).version == first.version
+    again = await live.client.generate("the fox", adapter="up", sampling=GREEDY)
+    assert again.token_ids == old.token_ids
+    await live.client.delete_adapter("up")
+    assert not await states_of(live, "up")
+
+
+async def test_merge_and_unmerge_while_others_are_served(live: Live) -> None:
+    names = ["", "first", "second"]
+    before = [await live.client.generate("the fox", adapter=n, sampling=GREEDY) for n in names]
+    await live.client.merge_adapter("first")
+    merged = await asyncio.gather(
+        *(live.client.generate("the fox", adapter=n, sampling=GREEDY) for n in names)
+    )
+    assert [a.token_ids for a in merged] == [a.token_ids for a in before]
+    assert [a.mode for a in merged] == [Mode.BASE, Mode.MERGED, Mode.BATCHED]
+    await live.client.unmerge_adapter()
+    assert await states_of(live, "first") == {AdapterState.RESIDENT}
+
+
+async def test_unknown_adapter_is_not_found_and_named(live: Live) -> None:
+    code, details = await live.fails(live.generate(adapter="nobody", prompt="the fox"))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert details["ResourceInfo"].resource_name == "nobody"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x", "sampling": {"temperature": -1.0}}, "sampling.temperature"),
+        ({"prompt": "x", "sampling": {"temperature": float("nan")}}, "sampling.temperature"),
+        ({"prompt": "x", "sampling": {"top_p": 1.5}}, "sampling.top_p"),
+        ({"prompt": "x", "sampling": {"max_tokens": 100_000}}, "sampling.max_tokens"),
+        ({"tokens": {"ids": [100_000]}}, "tokens.ids"),
+        ({"prompt": "x" * 1000}, "prompt"),
+        ({"prompt": "x", "adapter": "../../etc"}, "adapter"),
+    ],
+)
+async def test_a_bad_field_is_named(live: Live, fields: dict[str, Any], field: str) -> None:
+    code, details = await live.fails(live.generate(**fields))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    (violation,) = details["BadRequest"].field_violations
+    assert violation.field == field
+    assert violation.description
+
+
+async def test_a_full_queue_says_when_to_retry(live: Live) -> None:
+    long = {"prompt": "the fox", "sampling": {"max_tokens": 100, "ignore_eos": True}}
+    running = [asyncio.ensure_future(live.generate(**long)) for _ in range(8)]
+    await eventually(lambda: _in_flight(live, 8))
+    code, details = await live.fails(live.generate(**long))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() > 0
+    answers = await asyncio.gather(*running)
+    assert all(a.usage.completion_tokens == 100 for a in answers)
+
+
+async def _in_flight(live: Live, count: int) -> bool:
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(f"{live.url}/metrics")).text
+    names = ("kasa_num_requests_running", "kasa_num_requests_waiting")
+    values = [float(line.split()[1]) for line in text.splitlines() if line.startswith(names)]
+    return sum(values) >= count
+
+
+async def test_an_adapter_of_another_base_is_refused(live: Live, tiny_chat_model: Path) -> None:
+    scratch = live.adapters_dir.parent / "foreign"
+    write_adapter(scratch, tiny_chat_model, base_fingerprint="ab" * 32)
+    code, details = await live.fails(live.upload(messages(scratch, "foreign")))
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert details["PreconditionFailure"].violations[0].type == "BASE_MISMATCH"
+    assert not await states_of(live, "foreign")
+
+
+async def test_a_wrong_digest_is_data_loss(live: Live, tiny_chat_model: Path) -> None:
+    directory = write_adapter(live.adapters_dir.parent / "lost", tiny_chat_model)
+    sent = messages(directory, "lost", digest="0" * 64)
+    code, _ = await live.fails(live.upload(sent))
+    assert code is grpc.StatusCode.DATA_LOSS
+    assert not await states_of(live, "lost")
+
+
+@pytest.mark.parametrize("name", ["../escape", "UPPER", "a/b", ".kasa", "", "x" * 64])
+async def test_a_bad_name_is_refused(live: Live, tiny_chat_model: Path, name: str) -> None:
+    directory = write_adapter(live.adapters_dir.parent / "named", tiny_chat_model)
+    code, _ = await live.fails(live.upload(messages(directory, name)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_path_that_leaves_the_directory_is_refused(
+    live: Live, tiny_chat_model: Path
+) -> None:
+    directory = write_adapter(live.adapters_dir.parent / "path", tiny_chat_model)
+    sent = messages(directory, "path", rename={checkpoint.CARD_FILE: "../../escape.md"})
+    code, _ = await live.fails(live.upload(sent))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert not (live.adapters_dir.parent.parent / "escape.md").exists()
+
+
+async def test_a_cancelled_stream_frees_its_cache_at_once(live: Live) -> None:
+    sampling = SamplingParams(max_tokens=110, ignore_eos=True)
+    stream = live.client.stream("the fox", adapter="first", sampling=sampling)
+    first = await anext(stream)
+    assert first.finish_reason is None
+    await stream.aclose()
+    await eventually(lambda: _idle(live))
+
+
+async def _idle(live: Live) -> bool:
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(f"{live.url}/metrics")).text
+    busy = ("kasa_num_requests_running", "kasa_num_requests_waiting", "kasa_kv_cache_usage_ratio")
+    values = [float(line.split()[1]) for line in text.splitlines() if line.startswith(busy)]
+    return len(values) == 3 and not any(values)
+
+
+async def test_a_deadline_ends_a_generation(live: Live) -> None:
+    with pytest.raises(TimeoutError):
+        await live.client.generate(
+            "the fox", sampling=SamplingParams(max_tokens=115, ignore_eos=True), timeout_s=0.05
+        )
+    await eventually(lambda: _idle(live))
+
+
+async def test_streams_say_how_they_ended(live: Live) -> None:
+    chunks = [c async for c in live.client.stream("the fox", adapter="first", sampling=GREEDY)]
+    whole = await live.client.generate("the fox", adapter="first", sampling=GREEDY)
+    assert "".join(c.text for c in chunks) == whole.text
+    assert chunks[-1].finish_reason is FinishReason.LENGTH
+    assert chunks[-1].usage == whole.usage
+
+
+async def test_probes_and_per_adapter_latency_over_http(live: Live) -> None:
+    await live.client.generate("the fox", adapter="first", sampling=GREEDY)
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"{live.url}/healthz")).status_code == 200
+        assert (await http.get(f"{live.url}/readyz")).status_code == 200
+        text = (await http.get(f"{live.url}/metrics")).text
+    assert 'kasa_time_to_first_token_seconds_count{adapter="first"} 1.0' in text
+    assert 'kasa_adapter_resident{adapter="first",tier="slot"} 1.0' in text
+
+
+def messages(
+    directory: Path, name: str, *, digest: str = "", rename: dict[str, str] | None = None
+) -> Iterator[Any]:
+    """An upload by hand: the manifest, then each file as one chunk. `digest` replaces the true
+    ones; `rename` adds files under other paths."""
+    paths = {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
+    for target in (rename or {}).values():
+        paths[target] = b"text"
+    files = [
+        adapters_pb2.UploadFile(
+            path=path, size=len(data), sha256=digest or hashlib.sha256(data).hexdigest()
+        )
+        for path, data in paths.items()
+    ]
+    manifest = adapters_pb2.UploadManifest(name=name, files=files)
+    yield adapters_pb2.UploadAdapterRequest(manifest=manifest)
+    for path, data in paths.items():
+        chunk = adapters_pb2.UploadChunk(path=path, offset=0, data=data)
+        yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
