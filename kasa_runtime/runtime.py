@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,8 @@ class Runtime:
         self._in_flight = 0
         self._draining = False
         self._cut_off = asyncio.Event()
+        # Threads of its own: the loop's are at times all busy with adapters and their tails.
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
     @classmethod
     async def create(cls, config: RuntimeConfig, observer: Observer | None = None) -> Runtime:
@@ -135,6 +138,7 @@ class Runtime:
         self._draining = True
         await self._manager.close()
         await self._engine.close()
+        self._encoding.shutdown(wait=False)
 
     async def __aenter__(self) -> Runtime:
         return self
@@ -168,7 +172,8 @@ class Runtime:
             self._refuse_if_full()
             self._in_flight += 1
             try:
-                prompt_ids = await asyncio.to_thread(self._encode, request)
+                loop = asyncio.get_running_loop()
+                prompt_ids = await loop.run_in_executor(self._encoding, self._encode, request)
                 async with aclosing(self._run(request, prompt_ids, arrival_s)) as chunks:
                     async for chunk in chunks:
                         yield chunk

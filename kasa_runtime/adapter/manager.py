@@ -330,6 +330,9 @@ class AdapterManager:
         self._observer.adapters_changed(self.list())
 
     def _quarantine(self, name: str, reason: str) -> None:
+        known = self._quarantined.get(name)
+        if known is not None and known.reason == reason:
+            return
         logger.warning("quarantined %s: %s", name, reason)
         self._quarantined[name] = AdapterInfo(name, "", AdapterState.QUARANTINED, reason=reason)
         self._observer.adapters_changed(self.list())
