@@ -20,6 +20,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/buf lint proto
 
 format: $(STAMP)
 	$(BIN)/ruff format .
