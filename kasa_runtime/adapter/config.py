@@ -9,7 +9,7 @@ initialisation that rewrote the base.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -115,7 +115,7 @@ def parse_config(raw: Mapping[str, Any], *, has_diagonal: bool) -> AdapterConfig
         method=AdapterMethod.KASA if is_kasa else AdapterMethod.LORA,
         rank_pattern={k: _integer(ranks, k, 1) for k in ranks},
         alpha_pattern={k: _number(v, f"alpha_pattern.{k}") for k, v in alphas.items()},
-        use_rslora=bool(raw.get("use_rslora", False)),
+        use_rslora=_flag(raw.get("use_rslora"), "use_rslora"),
         beta=_number(regularisers.get("beta", 1e-4), "kasa_config.beta"),
         gamma=_number(regularisers.get("gamma", 1e-3), "kasa_config.gamma"),
         lora_dropout=_number(raw.get("lora_dropout") or 0.0, "lora_dropout"),
@@ -244,7 +244,7 @@ def _matches(names: str | tuple[str, ...], module: str) -> bool:
 def _fullmatch(pattern: str, text: str) -> bool:
     try:
         return regex.fullmatch(pattern, text, timeout=PATTERN_TIMEOUT_S) is not None
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         raise AdapterInvalid(
             f"adapter_config.json: {pattern!r} is not a regular expression: {error}"
         ) from error
@@ -264,9 +264,16 @@ def _integer(raw: Mapping[str, Any], key: str, low: int) -> int:
 
 
 def _number(value: Any, key: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:  # NaN is not <= either
         raise AdapterInvalid(f"adapter configuration: {key} must be a finite number, got {value!r}")
     return float(value)
+
+
+def _flag(value: Any, key: str) -> bool:
+    if value not in (None, False, True):
+        raise AdapterInvalid(f"adapter configuration: {key} must be true or false, got {value!r}")
+    return bool(value)
 
 
 def _object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -287,12 +294,12 @@ def _names(value: Any, key: str) -> str | tuple[str, ...]:
 
 
 def _layer_indices(value: Any) -> tuple[int, ...]:
-    indices = () if value is None else (value,) if isinstance(value, int) else tuple(value)
-    if not all(isinstance(i, int) for i in indices):
+    indices = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
         raise AdapterInvalid(
             f"adapter_config.json: layers_to_transform must be integers, got {value!r}"
         )
-    return indices
+    return tuple(indices)
 
 
 def _plain_number(value: float) -> float | int:
