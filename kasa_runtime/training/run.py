@@ -99,7 +99,7 @@ def load_base(config: RunConfig) -> Base:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-        model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory}: cannot be loaded for training ({error})") from error
     return Base(directory, model, tokenizer, TailCache.for_model(directory))
