@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from kasa_runtime.adapter.base import BaseModel, LinearShape
@@ -131,27 +131,30 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
             else "it is missing"
         )
         raise AdapterInvalid(f"want {WEIGHTS_FILE}, {found}")
-    tensors: dict[str, Tensor] = {}
     try:
-        with safe_open(path, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is not iterable
-                tensors[key] = handle.get_tensor(key)
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+        # Bytes, not a memory map: a file that is overwritten in place would change under the map,
+        # and one that is cut short would kill the process.
+        tensors = load(path.read_bytes())
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise AdapterInvalid(
             f"{WEIGHTS_FILE} is torn or not a safetensors file: {error}"
         ) from error
     if not tensors:
         raise AdapterInvalid(f"{WEIGHTS_FILE} holds no tensors")
-    for key, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise AdapterInvalid(
-                f"{key} has dtype {tensor.dtype}, want one of {[str(d) for d in _DTYPES]}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise AdapterInvalid(
-                f"{key} holds NaN or infinite values; the training diverged or the file is damaged"
-            )
-    return {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
+    return {key: _finite_float32(key, tensor) for key, tensor in tensors.items()}
+
+
+def _finite_float32(key: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in _DTYPES:
+        raise AdapterInvalid(
+            f"{key} has dtype {tensor.dtype}, want one of {[str(d) for d in _DTYPES]}"
+        )
+    tensor = tensor.to(torch.float32)
+    if not torch.isfinite(tensor).all():
+        raise AdapterInvalid(
+            f"{key} holds NaN or infinite values; the training diverged or the file is damaged"
+        )
+    return tensor
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -159,6 +162,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise AdapterInvalid(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
         raw = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair fits no message
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterInvalid(f"{path.name} is missing or not JSON: {error}") from error
     if not isinstance(raw, dict):
