@@ -34,7 +34,7 @@ class PeftAdapter:
 
 def make_adapter(
     base: BaseModel,
-    targets: tuple[str, ...] = (LAYER,),
+    targets: str | tuple[str, ...] = (LAYER,),
     *,
     r: int = 4,
     alpha: float = 8.0,
@@ -49,7 +49,7 @@ def make_adapter(
     wanted = AdapterConfig(
         r,
         alpha,
-        targets,
+        targets if isinstance(targets, str) else tuple(sorted(targets)),
         method=checkpoint.AdapterMethod.KASA if kasa else checkpoint.AdapterMethod.LORA,
         **config,
     )
