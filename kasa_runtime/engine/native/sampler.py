@@ -47,7 +47,8 @@ def _uniform(seq: Sequence) -> float:
 def _draw(logits: Tensor, params: SamplingParams, u: float) -> int:
     """One token from the filtered distribution: inverse cumulative distribution at `u`. `logits`
     (vocab,)."""
-    probs = torch.softmax(logits / params.temperature, dim=-1, dtype=torch.float64)
+    below_max = (logits - logits.max()).double()  # so that no temperature, however small, overflows
+    probs = torch.softmax(below_max / params.temperature, dim=-1)
     if params.top_k or params.top_p < 1:
         candidates, ids = _nucleus(probs, params)
     else:
