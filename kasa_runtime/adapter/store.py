@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kasa_runtime.adapter.checkpoint import FILES, REQUIRED_FILES
-from kasa_runtime.errors import AdapterNotFound, InvalidRequest, StoreReadOnly
+from kasa_runtime.errors import AdapterInvalid, AdapterNotFound, InvalidRequest, StoreReadOnly
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,13 @@ VERSION = re.compile(r"[0-9a-f]{4,64}")
 VERSION_DIGITS = 16
 
 
+def is_name(name: str) -> bool:
+    return NAME.fullmatch(name) is not None and ".." not in name
+
+
 def check_name(name: str, field: str = "name") -> str:
     """`name` if it is a legal adapter name; raises InvalidRequest naming `field`."""
-    if not NAME.fullmatch(name) or ".." in name:
+    if not is_name(name):
         raise InvalidRequest(
             field, f"want a name like [a-z0-9][a-z0-9._-]{{0,62}} without '..', got {name!r}"
         )
@@ -118,7 +122,7 @@ class AdapterStore:
         its files."""
         found = {}
         for path in sorted(self.root.iterdir()) if self.root.is_dir() else ():
-            if NAME.fullmatch(path.name) and path.is_dir() and (path / REQUIRED_FILES[0]).exists():
+            if is_name(path.name) and path.is_dir() and (path / REQUIRED_FILES[0]).exists():
                 found[path.name] = _signature(path)
         return found
 
@@ -177,6 +181,10 @@ class AdapterStore:
         _sync(staged)
         target = self._version_dir(name, version)
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and content_digest(target) != version:
+            # Damaged, or left by a crash in the middle of its removal.
+            with self.staging() as trash:
+                target.rename(trash / version)
         if not target.exists():
             staged.rename(target)
             _sync(target.parent)
@@ -205,7 +213,7 @@ class AdapterStore:
         """Remove a name with all its versions, and the directory it was taken from. Raises
         AdapterNotFound."""
         self._require_writable()
-        if self._record(name) is None and not (self.root / name).is_dir():
+        if not self._record_path(name).exists() and not (self.root / name).is_dir():
             raise AdapterNotFound(self._missing(name), name=name)
         with self.staging() as trash:
             if (self.root / name).is_dir():
@@ -263,11 +271,16 @@ class AdapterStore:
         return self._state / "names" / f"{name}.json"
 
     def _record(self, name: str) -> NameRecord | None:
+        path = self._record_path(name)
         try:
-            raw = json.loads(self._record_path(name).read_text())
-        except FileNotFoundError:
+            raw = json.loads(path.read_text())
+            return NameRecord(raw["current"], tuple(raw["versions"]), raw["seen"])
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        return NameRecord(raw["current"], tuple(raw["versions"]), raw["seen"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise AdapterInvalid(
+                f"{path} is damaged ({error!r}); delete {name} and upload it again", name=name
+            ) from error
 
     def _write_record(self, name: str, record: NameRecord) -> None:
         path = self._record_path(name)
