@@ -8,6 +8,9 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+REPLACEMENT = "\ufffd"
+"""Stands for bytes that are no character, or not yet one."""
+
 
 class Detokenizer:
     """The text of one generation, growing. `tokenizer` is a fast transformers tokenizer.
@@ -18,6 +21,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._unread: list[int] = []  # tokens since the stream last gave text
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
         self._num_tokens = 0
@@ -32,13 +36,37 @@ class Detokenizer:
             if self.stopped:
                 break
             self._num_tokens += 1
-            self._held += self._stream.step(self._tokenizer, token) or ""
+            self._held += self._decode(token)
             released += self._release()
         return released
 
     def finish(self) -> str:
-        """What was held back in case a stop string followed."""
-        text, self._held = ("" if self.stopped else self._held), ""
+        """What was held back in case a stop string followed, or because bytes of a character were
+        missing; a last character that is still not whole is left out."""
+        if self.stopped:
+            return ""
+        self._held += self._read().rstrip(REPLACEMENT)
+        text = self._release() + self._held
+        self._held = ""
+        return text
+
+    def _decode(self, token: int) -> str:
+        """The text that `token` completes."""
+        self._unread.append(token)
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except Exception:  # a bare one, where bytes turn text that was given out into no text
+            self._stream = DecodeStream(skip_special_tokens=True)
+            self._stream.step(self._tokenizer, token)  # what comes before the next token
+            return self._read()
+        if text:
+            self._unread.clear()
+        return text or ""
+
+    def _read(self) -> str:
+        """The text of the unread tokens, whole or not."""
+        text: str = self._tokenizer.decode(self._unread, skip_special_tokens=True)
+        self._unread.clear()
         return text
 
     def _release(self) -> str:
