@@ -29,16 +29,22 @@ class Generation:
     """State between two steps. Event loop only."""
 
     request: GenerationRequest
-    prompt_ids: tuple[int, ...]
     arrival_s: float
     detokenizer: Detokenizer
     observer: Observer
+    prompt_ids: tuple[int, ...] = ()
     lease: Lease | None = None
+    _ended: bool = field(default=False, init=False)
     _mode: Mode = field(default=Mode.BASE, init=False)
     _num_tokens: int = field(default=0, init=False)
     _scheduled_s: float | None = field(default=None, init=False)
     _first_token_s: float | None = field(default=None, init=False)
     _last_token_s: float = field(default=0.0, init=False)
+
+    @property
+    def name(self) -> str:
+        """The adapter's name without version, as events have it."""
+        return self.request.adapter.partition("@")[0]
 
     def advance(self, output: EngineOutput) -> TokenChunk:
         """The chunk for one output; with the end of the generation if the engine or a stop string
@@ -58,7 +64,8 @@ class Generation:
         chunk = chunk or TokenChunk("", ())
         now_s = time.monotonic()
         total_s = now_s - self.arrival_s
-        self.observer.finished(self._name, self._mode, reason, total_s=total_s)
+        self._ended = True
+        self.observer.finished(self.name, self._mode, reason, total_s=total_s)
         return replace(
             chunk,
             text=chunk.text + self.detokenizer.finish(),
@@ -73,9 +80,10 @@ class Generation:
             ),
         )
 
-    @property
-    def _name(self) -> str:
-        return self.lease.name if self.lease else BASE
+    def abandon(self) -> None:
+        """Nobody reads on: that is an end too, unless it had one."""
+        if not self._ended:
+            self.end(FinishReason.CANCELLED)
 
     def _count(self, count: int) -> None:
         now_s = time.monotonic()
@@ -83,12 +91,12 @@ class Generation:
         if self._first_token_s is None:
             self._first_token_s = now_s
             self.observer.first_token(
-                self._name,
+                self.name,
                 queue_s=(self._scheduled_s or now_s) - self.arrival_s,
                 ttft_s=now_s - self.arrival_s,
                 prompt_tokens=len(self.prompt_ids),
             )
-            self.observer.tokens(self._name, count=count, gap_s=None)
+            self.observer.tokens(self.name, count=count, gap_s=None)
         else:
-            self.observer.tokens(self._name, count=count, gap_s=now_s - self._last_token_s)
+            self.observer.tokens(self.name, count=count, gap_s=now_s - self._last_token_s)
         self._last_token_s = now_s

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kasa_runtime.adapter.manager import AdapterManager, Lease
     from kasa_runtime.adapter.upload import Upload
     from kasa_runtime.engine.base import Engine
+    from kasa_runtime.generation import Generation
     from kasa_runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -166,23 +167,28 @@ class Runtime:
 
         Raises, before the first chunk: InvalidRequest, AdapterNotFound, AdapterQuarantined,
         AdapterInvalid, CapacityExceeded, Overloaded, EngineDead."""
-        arrival_s = time.monotonic()
-        name = request.adapter.partition("@")[0]
+        from kasa_runtime.generation import Generation
+
+        detokenizer = self._tokenizer.detokenizer(request.sampling)
+        generation = Generation(request, time.monotonic(), detokenizer, self._observer)
         try:
             self._refuse_if_full()
+            self._observer.queued(generation.name)
             self._in_flight += 1
             try:
                 loop = asyncio.get_running_loop()
-                prompt_ids = await loop.run_in_executor(self._encoding, self._encode, request)
-                async with aclosing(self._run(request, prompt_ids, arrival_s)) as chunks:
+                encoding = loop.run_in_executor(self._encoding, self._encode, request)
+                generation.prompt_ids = await encoding
+                async with aclosing(self._run(generation)) as chunks:
                     async for chunk in chunks:
                         yield chunk
             finally:
                 self._in_flight -= 1
-        except GeneratorExit:
+        except (GeneratorExit, asyncio.CancelledError):
+            generation.abandon()
             raise
         except BaseException as error:
-            self._observer.failed(name, error)
+            self._observer.failed(generation.name, error)
             raise
 
     def tokenize(
@@ -283,20 +289,11 @@ class Runtime:
             )
         return ids
 
-    async def _run(
-        self, request: GenerationRequest, prompt_ids: tuple[int, ...], arrival_s: float
-    ) -> AsyncGenerator[TokenChunk, None]:
+    async def _run(self, generation: Generation) -> AsyncGenerator[TokenChunk, None]:
         from kasa_runtime.engine.base import EngineRequest
-        from kasa_runtime.generation import Generation
 
+        request = generation.request
         async with AsyncExitStack() as stack:
-            generation = Generation(
-                request,
-                prompt_ids,
-                arrival_s,
-                self._tokenizer.detokenizer(request.sampling),
-                self._observer,
-            )
             try:
                 async with asyncio.timeout_at(_on_loop_clock(request.deadline_s)):
                     lease = await stack.enter_async_context(self._lease(request.adapter))
@@ -306,7 +303,7 @@ class Runtime:
             generation.lease = lease
             engine_request = EngineRequest(
                 request.request_id,
-                prompt_ids,
+                generation.prompt_ids,
                 request.sampling,
                 lease.key if lease else None,
                 request.deadline_s,
