@@ -11,16 +11,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.lora import Adapter, AdapterWeights, fold
-from kasa_runtime.adapter.store import AdapterStore, StoredVersion, check_name, content_digest
+from kasa_runtime.adapter.store import (
+    AdapterStore,
+    StoredVersion,
+    check_name,
+    content_digest,
+    is_name,
+)
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.adapter.upload import Upload, check_manifest
 from kasa_runtime.errors import (
@@ -29,6 +35,7 @@ from kasa_runtime.errors import (
     AdapterInvalid,
     AdapterNotFound,
     AdapterQuarantined,
+    CapacityExceeded,
     KasaError,
     VersionConflict,
 )
@@ -65,10 +72,12 @@ class Resident:
     leases: int = 0
     last_used: float = field(default_factory=time.monotonic)
     retired: bool = False  # replaced or deleted: leaves with its last lease
+    ready: bool = False  # loaded, or failed to
+    failed: bool = False
 
     @property
-    def ready(self) -> bool:
-        return self.loading.done()
+    def idle(self) -> bool:
+        return self.ready and not self.leases
 
 
 class AdapterManager:
@@ -180,10 +189,8 @@ class AdapterManager:
         """Write a version into the weights. Requests go on; the one merged before is unmerged by
         the same switch."""
         async with self._merging, self.lease(spec) as lease:
-            start = time.perf_counter()
-            await self._host.merge_adapter(lease.key)
-            before, self.merged = self.merged, lease.key
-            self._observer.merged(lease.name, seconds=time.perf_counter() - start)
+            before = self.merged
+            await _finish(self._switch(lease))
         await self._retire_if_replaced(before)
         return await self.get(f"{lease.name}@{lease.version}")
 
@@ -191,10 +198,8 @@ class AdapterManager:
         async with self._merging:
             if self.merged is None:
                 return
-            start = time.perf_counter()
-            await self._host.unmerge_adapter()
-            before, self.merged = self.merged, None
-            self._observer.merged("", seconds=time.perf_counter() - start)
+            before = self.merged
+            await _finish(self._switch(None))
         await self._retire_if_replaced(before)
 
     def resident_names(self) -> dict[str, str]:
@@ -225,7 +230,8 @@ class AdapterManager:
         async with self._publishing:
             current = (await asyncio.to_thread(self.store.current, name)).version
             if not version:
-                older = [v for v in self.store.versions(name) if v != current]
+                versions = self.store.versions(name)
+                older = versions[: versions.index(current)] if current in versions else ()
                 if not older:
                     raise AdapterNotFound(f"{name} has no version before {current}", name=name)
                 version = older[-1]
@@ -255,11 +261,15 @@ class AdapterManager:
                 await self.rescan()
             except OSError as error:
                 logger.warning("cannot look at %s: %s", self.store.root, error)
+            except Exception:  # the edge of a task: it has to outlive what nobody foresaw
+                logger.exception("cannot take in what is in %s", self.store.root)
 
     async def _adopt_recorded(self) -> None:
         """What earlier runs published; checked again, for the base may be another one now."""
         for name in await asyncio.to_thread(self.store.names):
             try:
+                if await asyncio.to_thread(self.store.is_taken_from_directory, name):
+                    self._signatures[name] = ""  # so that it is missed if it is gone by now
                 stored = await asyncio.to_thread(self.store.current, name)
                 self._current[name] = await asyncio.to_thread(self._inspect, stored)
             except AdapterError as error:
@@ -271,15 +281,16 @@ class AdapterManager:
                 stored = await asyncio.to_thread(self.store.take_in, name, self._verify)
             except (OSError, AdapterError) as error:
                 self._quarantine(name, str(error))
-                if not isinstance(error, OSError):
-                    self._signatures[name] = signature  # not looked at again until it changes
+                # Not looked at again until it changes, unless it changed while it was read.
+                self._signatures[name] = "" if isinstance(error, OSError) else signature
                 return
             self._signatures[name] = signature
             if stored is not None:
                 logger.info("took in %s@%s", name, stored.version)
                 await self._make_current(await asyncio.to_thread(self._inspect, stored))
-            elif name in self._current:
-                self._quarantined.pop(name, None)
+            elif name in self._current and name in self._quarantined:
+                del self._quarantined[name]
+                self._observer.adapters_changed(self.list())
 
     async def _forget(self, name: str) -> None:
         async with self._publishing:
@@ -346,7 +357,7 @@ class AdapterManager:
             raise AdapterQuarantined(
                 f"{name} was refused: {self._quarantined[name].reason}", name=name
             )
-        if not version:
+        if not version or not is_name(name):
             raise AdapterNotFound(
                 f"no adapter {name!r}; there are {sorted(self._current) or 'none'}", name=name
             )
@@ -355,13 +366,18 @@ class AdapterManager:
 
     async def _hold(self, key: str, info: AdapterInfo) -> Resident:
         """Count a lease on a resident version, starting to load it if nobody has. Waits while no
-        slot can be freed."""
+        slot can be freed. Raises CapacityExceeded if none can ever be."""
         async with self._slot_freed:
             while key not in self._resident:
                 if len(self._resident) < self._max_slots or await self._evict_one():
                     loading = asyncio.create_task(self._load(key, info), name=f"load {key}")
                     self._resident[key] = Resident(loading)
                     break
+                if self._max_slots == 1 and self.merged is not None:
+                    raise CapacityExceeded(
+                        f"{self.merged} is merged and has the only slot; unmerge it or raise "
+                        "max_slots"
+                    )
                 await self._slot_freed.wait()
             resident = self._resident[key]
             resident.leases += 1
@@ -370,27 +386,25 @@ class AdapterManager:
 
     async def _release(self, key: str, resident: Resident) -> None:
         resident.leases -= 1
-        failed = resident.ready and (
-            resident.loading.cancelled() or resident.loading.exception() is not None
-        )
+        await _finish(self._settle(key, resident))
+
+    async def _settle(self, key: str, resident: Resident) -> None:
+        """Forget it if it could not be loaded, unload it if it is retired and idle, and let those
+        look who wait for a slot."""
         async with self._slot_freed:
             if self._resident.get(key) is resident:
-                if failed:
+                if resident.failed:
                     del self._resident[key]
-                elif resident.retired and not resident.leases and key != self.merged:
+                elif resident.retired and resident.idle and key != self.merged:
                     await self._unload(key)
             self._slot_freed.notify_all()
 
     async def _retire(self, key: str) -> None:
         """Unload as soon as nobody holds it."""
-        async with self._slot_freed:
-            resident = self._resident.get(key)
-            if resident is None or key == self.merged:
-                return
+        resident = self._resident.get(key)
+        if resident is not None and key != self.merged:
             resident.retired = True
-            if not resident.leases:
-                await self._unload(key)
-            self._slot_freed.notify_all()
+            await _finish(self._settle(key, resident))
 
     async def _retire_if_replaced(self, key: str | None) -> None:
         if key is None:
@@ -402,20 +416,39 @@ class AdapterManager:
 
     async def _evict_one(self) -> bool:
         """Unload the version that was not used for longest; False if all are held or merged."""
-        idle = [k for k, r in self._resident.items() if not r.leases and k != self.merged]
+        idle = [k for k, r in self._resident.items() if r.idle and k != self.merged]
         if not idle:
             return False
-        await self._unload(min(idle, key=lambda k: self._resident[k].last_used))
+        await _finish(self._unload(min(idle, key=lambda k: self._resident[k].last_used)))
         return True
 
     async def _unload(self, key: str) -> None:
-        await asyncio.shield(self._host.unload_adapter(key))
+        await self._host.unload_adapter(key)
         del self._resident[key]
+        self._slot_freed.notify_all()
 
     async def _load(self, key: str, info: AdapterInfo) -> None:
-        weights = await self._timed(info.name, "read", asyncio.to_thread(self._read, key, info))
-        await self._timed(info.name, "tail", asyncio.to_thread(self._warm_tails, weights))
-        await self._timed(info.name, "slot", self._host.load_adapter(weights))
+        resident = self._resident[key]
+        try:
+            weights = await self._timed(info.name, "read", asyncio.to_thread(self._read, key, info))
+            await self._timed(info.name, "tail", asyncio.to_thread(self._warm_tails, weights))
+            await self._timed(info.name, "slot", self._host.load_adapter(weights))
+        except BaseException:
+            resident.failed = True
+            raise
+        finally:
+            resident.ready = True
+            await self._settle(key, resident)
+
+    async def _switch(self, lease: Lease | None) -> None:
+        """Merge what the lease holds, or unmerge."""
+        start = time.perf_counter()
+        if lease is None:
+            await self._host.unmerge_adapter()
+        else:
+            await self._host.merge_adapter(lease.key)
+        self.merged = lease.key if lease else None
+        self._observer.merged(lease.name if lease else "", seconds=time.perf_counter() - start)
 
     async def _timed(self, name: str, stage: str, work: Awaitable[T]) -> T:
         start = time.perf_counter()
@@ -460,6 +493,20 @@ class AdapterManager:
         else:
             state = AdapterState.RESIDENT if resident.ready else AdapterState.LOADING
         return replace(info, state=state, in_flight=resident.leases if resident else 0)
+
+
+async def _finish(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even if the caller is cancelled, who learns of that afterwards: the
+    engine and the table of what is in it never disagree."""
+    task, cancelled = asyncio.create_task(work), None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return task.result()
 
 
 def describe(adapter: Adapter, stored: StoredVersion) -> AdapterInfo:

@@ -148,13 +148,19 @@ class AdapterStore:
             verify(staged)
             return self.publish(name, staged, seen=digest)
 
+    def is_taken_from_directory(self, name: str) -> bool:
+        """Whether what it serves is what lay in its directory, not an upload or a rollback."""
+        record = self._record(name)
+        return record is not None and record.current == record.seen
+
     def forget_if_taken_from(self, name: str) -> bool:
         """Drop a name whose directory is gone, if what it serves is what lay there. True if it was
         dropped."""
         self._in_place.pop(name, None)
-        record = self._record(name)
-        if record is None or record.current != record.seen or not self.writable:
-            return record is None
+        if self._record(name) is None:
+            return True
+        if not self.is_taken_from_directory(name) or not self.writable:
+            return False
         self.delete(name)
         return True
 
