@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 
-SIZES = {"train": 900, "dev": 80, "test": 160}
+SIZES = {"train": 1000, "dev": 80, "test": 160}
 
 SOFTWARE = ("Nimbus Drive", "Ledgerly", "PingDesk", "Orbit Mail", "FormFlow", "Tasklane")
 HARDWARE = ("Halo Router", "Lumen Cam", "Tempo Dock", "Pico Speaker")
@@ -174,46 +175,52 @@ ISSUES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 
+# [a|b|c]: one of them. What a ticket says about its effect, which is all that its priority is.
 IMPACT: dict[str, tuple[str, ...]] = {
     "urgent": (
-        "Nobody in the company can work.",
-        "Our customers are affected right now.",
-        "We lose sales every hour.",
-        "All of our sites are down because of this.",
-        "A stranger seems to be using my data.",
-        "Production has stopped.",
-        "The whole office stands still.",
-        "Clients are seeing this at this very moment.",
+        "[Nobody|No one|Not a single person] in [the company|our office|the warehouse|our clinic] "
+        "can [work|do anything|take orders].",
+        "[Our customers|All our clients|Thousands of users] [are affected|see this|are cut off] "
+        "[right now|at this moment|as I write].",
+        "We [lose|are losing] [sales|money|orders] [every hour|every minute|by the minute].",
+        "[All of our sites|All shops|All branches] [are|have been] down [because of this|all day].",
+        "[A stranger|Somebody else|An intruder] [seems to be|is] using [my data|our files].",
+        "[Production|The assembly line|Our web shop] has [stopped|come to a halt|gone dark].",
+        "The whole [office|company|warehouse] [stands still|has come to a halt] right now.",
+        "[Clients|Customers|Users] everywhere are [cut off|affected] [this very minute|right now].",
     ),
     "high": (
-        "I have a presentation tomorrow morning.",
-        "Our payroll runs tonight.",
-        "The audit starts on Monday.",
-        "This is the third time that I write.",
-        "My deadline is today.",
-        "Two colleagues are blocked.",
-        "I must have it solved before tomorrow noon.",
-        "We go live at the end of this week.",
+        "I [need|must have] it [before|by] [tomorrow morning|tonight|noon tomorrow|Friday].",
+        "[Our payroll|The audit|Our launch|The board meeting] [is|starts] "
+        "[tomorrow|on Monday|tonight].",
+        "This is [the second|the third|already the fourth] time that I [write|ask|report it].",
+        "[My|Our] deadline is [today|tomorrow|on Thursday].",
+        "[Two|Three|Some] [colleagues|people in my team|of us] are [blocked|waiting for this].",
+        "I have [a presentation|an exam|a client meeting] [tomorrow morning|tonight|on Friday].",
+        "We go live [tomorrow|on Monday|on Friday] and [need|must have] it by then.",
+        "I [wrote|asked] [twice|three times] already, and my deadline is [tomorrow|on Friday].",
     ),
     "normal": (
         "",
-        "",
-        "Please look into it.",
-        "I would be glad of an answer this week.",
-        "Thanks for checking.",
-        "",
-        "Could you take a look?",
-        "I look forward to your reply.",
+        "Please [look into it|have a look|check this].",
+        "I would be [glad|happy] to [hear from you|have an answer] [soon|this week].",
+        "Thanks for [checking|your help|looking at it].",
+        "[Can|Could] you [help|look at this|tell me what to do]?",
+        "Let me know what [you find|to do|you need from me].",
+        "I look forward to [your reply|hearing from you|your answer].",
+        "Could you [check|have a look] and let me know?",
     ),
     "low": (
-        "There is no rush.",
-        "Whenever you have time.",
-        "It can easily wait until next month.",
-        "My colleague calls it urgent, but it really is not.",
-        "I am only curious.",
-        "This is not an emergency at all.",
-        "Take all the time you need.",
-        "My boss marked this as critical, ignore that, it can wait.",
+        "There is [no rush|no hurry|no need to hurry].",
+        "Answer [whenever you have time|when you find a moment|once you get round to it].",
+        "It can [easily wait|wait] [until next month|a few weeks|for a while].",
+        "[My boss|A colleague|My assistant] [calls it|marked it as] [urgent|critical], but "
+        "[it really is not|there is no hurry|it can wait].",
+        "I am [only|just] [curious|wondering|asking].",
+        "This is [not an emergency|not urgent|nothing urgent] [at all|really|by any means].",
+        "Take [your time|all the time you need], it is [not urgent|no emergency].",
+        "[My manager|Someone here] marked this as [critical|urgent], ignore that, "
+        "[it can wait|there is no rush].",
     ),
 }
 
@@ -289,7 +296,8 @@ class Phrases:
 
     def pick(self, phrases: tuple[str, ...]) -> str:
         cut = len(phrases) - max(1, len(phrases) // 4)
-        return self.rng.choice(phrases[cut:] if self.held_out else phrases[:cut])
+        phrase = self.rng.choice(phrases[cut:] if self.held_out else phrases[:cut])
+        return re.sub(r"\[(.*?)\]", lambda match: self.rng.choice(match[1].split("|")), phrase)
 
 
 def ticket(rng: random.Random, *, held_out: bool) -> dict[str, str]:
