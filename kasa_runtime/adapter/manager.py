@@ -36,6 +36,7 @@ from kasa_runtime.errors import (
     AdapterNotFound,
     AdapterQuarantined,
     CapacityExceeded,
+    EngineDead,
     KasaError,
     VersionConflict,
 )
@@ -423,7 +424,8 @@ class AdapterManager:
         return True
 
     async def _unload(self, key: str) -> None:
-        await self._host.unload_adapter(key)
+        with suppress(EngineDead):  # then nothing is in it any more
+            await self._host.unload_adapter(key)
         del self._resident[key]
         self._slot_freed.notify_all()
 
@@ -505,7 +507,7 @@ async def _finish(work: Coroutine[Any, Any, T]) -> T:
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
-        raise cancelled
+        raise cancelled from task.exception()
     return task.result()
 
 

@@ -499,6 +499,16 @@ class TestReplacing:
             assert (await bench.manager.unload("a")).state is AdapterState.READY
             assert bench.host.loaded == {}
 
+    async def test_request_ends_well_though_the_engine_stopped_under_it(self, start, put):
+        put("a", 1)
+        async with start() as bench:
+            holder = await Holder(bench.manager, "a").holding()
+            put("a", 2)
+            await bench.manager.rescan(settled=True)
+            bench.host.failing["unload"] = EngineDead("closed")
+            await holder.end()
+            bench.host.loaded.clear()
+
 
 class TestRollback:
     async def test_goes_back_one_version_at_a_time(self, start, put):
