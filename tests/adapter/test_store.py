@@ -580,6 +580,39 @@ class TestCrash:
 
         self.every_step(tmp_path, monkeypatch, prepare, lambda s: s.delete("a"), check)
 
+    def test_bytes_are_on_the_disk_before_their_names(self, store, monkeypatch):
+        """A power cut may undo whatever was not flushed, in any order."""
+        events: list[str] = []
+        sync, rename, fsync, replace = store_module._sync, Path.rename, os.fsync, Path.replace
+
+        def log(event: str, action: Callable[..., object], *args: object) -> object:
+            events.append(event)
+            return action(*args)
+
+        monkeypatch.setattr(
+            store_module, "_sync", lambda path: log(f"sync {path.name}", sync, path)
+        )
+        monkeypatch.setattr(store_module.os, "fsync", lambda fd: log("fsync", fsync, fd))
+        monkeypatch.setattr(Path, "rename", lambda p, t: log("rename", rename, p, t))
+        monkeypatch.setattr(Path, "replace", lambda p, t: log("replace", replace, p, t))
+        with store.staging() as staged:
+            fill(staged, "one")
+            name = staged.name
+            store.publish("a", staged)
+        before, after = events[: events.index("rename")], events[events.index("rename") :]
+        assert {f"sync {f}" for f in (CONFIG_FILE, WEIGHTS_FILE, name)} <= set(before)
+        rest = [event for event in after if event != "fsync"]
+        assert rest == ["rename", "sync a", "replace", "sync names"]
+        assert "fsync" in after[: after.index("replace")][-1:]
+
+    def test_record_is_replaced_and_never_written_over(self, store, root):
+        record = root / ".kasa" / "names" / "a.json"
+        publish(store, "a", "one")
+        with record.open() as old:
+            publish(store, "a", "two")
+            assert old.read() != record.read_text()
+            assert os.fstat(old.fileno()).st_nlink == 0
+
     def test_half_removed_old_version_does_not_come_back(self, store, root):
         """A crash inside the removal of a directory leaves some of its files."""
         one = publish(store, "a", "one")
