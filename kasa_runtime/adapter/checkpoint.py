@@ -242,12 +242,21 @@ def _require_every_target(
 
 def _truncation(config: AdapterConfig, meta: AdapterMeta, name: str, shape: LinearShape) -> int:
     if config.method is AdapterMethod.LORA:
-        return 0
+        return _no_truncation(meta)
     t = meta.truncation_rank_of(name, config.rank_of(name))
     try:
         return truncation_count(meta.truncation_rule, t, shape.out_features, shape.in_features)
     except ValueError as error:
         raise AdapterInvalid(f"{name}: {error}") from error
+
+
+def _no_truncation(meta: AdapterMeta) -> int:
+    if meta.truncation_rule is not TruncationRule.NONE:
+        raise AdapterInvalid(
+            f"{META_FILE} says truncation_rule {meta.truncation_rule}, {CONFIG_FILE} and the "
+            "tensors a plain LoRA, which has none; are they of the same adapter?"
+        )
+    return 0
 
 
 def _write_file(path: Path, data: bytes) -> None:

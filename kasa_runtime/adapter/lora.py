@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kasa_runtime.adapter.config import AdapterConfig, AdapterMeta
 from kasa_runtime.adapter.kasa import Tail
+from kasa_runtime.errors import AdapterInvalid
 from kasa_runtime.types import AdapterMethod
 
 
@@ -77,11 +78,13 @@ class AdapterWeights:
 
 
 def fold(adapter: Adapter, key: str) -> AdapterWeights:
-    """The deltas of `adapter`, float32."""
+    """The deltas of `adapter`, float32. Raises AdapterInvalid where they overflow."""
     modules = {}
     for name, weights in adapter.modules.items():
         b = weights.b if weights.diag is None else weights.b * weights.diag  # (out, r) * (r,)
         b = b * adapter.config.scaling_of(name)
+        if not torch.isfinite(b).all():
+            raise AdapterInvalid(f"{name}: s * B diag(d) overflows float32; is lora_alpha right?")
         modules[name] = ModuleDelta(weights.a, b, adapter.truncation.get(name, 0))
     return AdapterWeights(key, modules)
 

@@ -472,7 +472,7 @@ class AdapterManager:
                 self._tails.get(name, delta.t)
 
     def _verify(self, directory: Path) -> None:
-        checkpoint.read(directory, self._base)
+        fold(checkpoint.read(directory, self._base), "verify")
 
     def _inspect(self, stored: StoredVersion) -> AdapterInfo:
         try:

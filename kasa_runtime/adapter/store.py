@@ -195,14 +195,14 @@ class AdapterStore:
             staged.rename(target)
             _sync(target.parent)
         record = self._record(name) or NameRecord(version, ())
-        versions = (*(v for v in record.versions if v != version), version)
-        self._write_record(
-            name,
-            NameRecord(
-                version, versions[-self.keep_versions :], record.seen if seen is None else seen
-            ),
-        )
-        for old in versions[: -self.keep_versions]:
+        # What is replaced comes last before the new one, also after a rollback: it is kept longest
+        # and is the one to roll back to.
+        replaced = [record.current] if record.current in record.versions else []
+        others = [v for v in record.versions if v not in (version, *replaced)]
+        versions = tuple(dict.fromkeys([*others, *replaced, version]))
+        kept = versions[-self.keep_versions :]
+        self._write_record(name, NameRecord(version, kept, record.seen if seen is None else seen))
+        for old in set(versions) - set(kept):
             shutil.rmtree(self._version_dir(name, old), ignore_errors=True)
         return self._stored(name, version)
 

@@ -38,6 +38,7 @@ class TailCache:
         self.base = base
         self.directory = kasa_home() / "tails" / base.fingerprint
         self._memory: dict[str, Tail] = {}
+        self._warned: set[tuple[str, int]] = set()
 
     @classmethod
     def for_model(cls, model_dir: Path) -> TailCache:
@@ -62,7 +63,8 @@ class TailCache:
             tail = self._compute(module, t)
         self._memory[module] = tail
         wanted = tail.last(t)
-        if wanted.gap < UNSTABLE_GAP:
+        if wanted.gap < UNSTABLE_GAP and (module, t) not in self._warned:
+            self._warned.add((module, t))
             logger.warning(
                 "%s: the singular values on both sides of truncation rank %d are nearly equal "
                 "(relative gap %.1e), so this tail may differ on another machine",

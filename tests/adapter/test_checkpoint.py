@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adapter.conftest import PEFT_OPTIONS
 from adapter.making import (
@@ -442,6 +442,13 @@ class TestRefusedSidecars:
     def test_names_the_key_and_what_was_found(self, base, kasa, changes, message):
         edit_json(kasa / META_FILE, **changes)
         with pytest.raises(AdapterInvalid, match=message):
+            checkpoint.read(kasa, base)
+
+    def test_a_truncation_beside_a_plain_lora(self, base, kasa):
+        edit_json(kasa / CONFIG_FILE, kasa_config=None)
+        tensors = {k: v for k, v in load_file(kasa / WEIGHTS_FILE).items() if "diag" not in k}
+        save_file(tensors, kasa / WEIGHTS_FILE)
+        with pytest.raises(AdapterInvalid, match=r"truncation_rule min_dim.*a plain LoRA"):
             checkpoint.read(kasa, base)
 
     def test_made_for_other_weights(self, base, kasa):

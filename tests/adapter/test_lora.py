@@ -11,6 +11,7 @@ from adapter.making import ALL_LINEAR, LAYER, make_adapter
 from kasa_runtime.adapter.config import AdapterConfig, AdapterMeta
 from kasa_runtime.adapter.kasa import TruncationRule, compute_tail, merged_weight
 from kasa_runtime.adapter.lora import Adapter, AdapterWeights, ModuleWeights, fold, plain_lora
+from kasa_runtime.errors import AdapterInvalid
 
 
 def one_layer(weights: ModuleWeights, t: int = 0, **config: object) -> Adapter:
@@ -42,6 +43,11 @@ def reference(w0: torch.Tensor, w: ModuleWeights, scaling: float, t: int) -> tor
 
 
 class TestFold:
+    def test_an_alpha_that_overflows_float32_is_refused(self):
+        adapter = one_layer(weights(6, 5, 2, seed=0), alpha=1e39)
+        with pytest.raises(AdapterInvalid, match="lora_alpha"):
+            fold(adapter, "a@1")
+
     @given(st.integers(2, 20), st.integers(2, 20), st.data())
     def test_all_three_forms_are_the_same_weight(self, out_f, in_f, data):
         k = min(out_f, in_f)

@@ -225,6 +225,13 @@ class TestVersionLookup:
 
 
 class TestSetCurrent:
+    def test_what_a_new_version_replaces_is_kept_and_comes_before_it(self, store):
+        oldest, *_ = (publish(store, "a", content) for content in "one")  # three versions
+        store.set_current("a", oldest.version)
+        new = publish(store, "a", "new")
+        assert store.versions("a")[-2:] == (oldest.version, new.version)
+        assert content_of(store.version("a", oldest.version)) == "o"
+
     def test_moves_the_name_and_keeps_all_versions(self, store, root):
         one, two = publish(store, "a", "one"), publish(store, "a", "two")
         assert store.set_current("a", one.version[:6]) == one
