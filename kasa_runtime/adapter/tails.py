@@ -13,6 +13,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -56,6 +57,10 @@ class TailCache:
     def get(self, module: str, t: int) -> Tail:
         """The tail of rank `t` of a layer; computed and stored if need be. Raises ValueError if t
         >= min(out, in)."""
+        if t == 0:  # a plain LoRA's layer: no weight is read, nothing decomposed
+            out_features, in_features = self.modules()[module]
+            nothing = torch.zeros(0, dtype=torch.float64)
+            return Tail(torch.zeros(out_features, 0), torch.zeros(0, in_features), nothing, 1.0)
         tail = self._memory.get(module)
         if tail is None or tail.rank < t:
             tail = self._read(module)
@@ -76,7 +81,7 @@ class TailCache:
 
     def _compute(self, module: str, t: int) -> Tail:
         weight = self.base.weight(module)
-        stored_rank = max(MIN_STORED_RANK, 1 << (t - 1).bit_length()) if t else MIN_STORED_RANK
+        stored_rank = max(MIN_STORED_RANK, 1 << (t - 1).bit_length())
         tail = compute_tail(weight, max(t, min(stored_rank, min(weight.shape) - 1)))
         self._write(module, tail)
         return tail
