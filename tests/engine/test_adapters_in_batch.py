@@ -30,6 +30,7 @@ from engine.making import (
 )
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.lora import AdapterWeights, ModuleDelta
+from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.engine.native.executor import NO_SLOT, Commit, PackedBatch, SequenceSlice
 from kasa_runtime.engine.native.torch_executor import TorchExecutor
 from kasa_runtime.errors import CapacityExceeded
@@ -199,6 +200,21 @@ def test_a_hundred_swaps_leave_the_weights_of_a_fresh_load(
     for slot in range(3):
         loaded.prepare_unload(slot)()
     assert_bitwise(loaded.weights(), fresh)
+
+
+def test_merging_a_plain_lora_decomposes_nothing(
+    tiny_llama: Path,
+    base: BaseModel,
+    adapters: list[AdapterWeights],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KASA_HOME", str(tmp_path))
+    tails = TailCache(base)
+    executor = TorchExecutor(tiny_llama, config())
+    executor.prepare_load(0, adapters[2], tails)()
+    executor.prepare_merge(0, tails)()
+    assert {tails.cached_rank(name) for name in adapters[2].modules} == {0}
 
 
 def test_base_weights_are_those_on_disk(
