@@ -122,9 +122,12 @@ def _training(config: RunConfig, facts: Facts) -> str:
 
 def _data(config: RunConfig, facts: Facts) -> str:
     dropped = f", {facts.num_too_long} left out as too long" if facts.num_too_long else ""
+    rows_seen = facts.num_steps * config.train.batch_size * config.train.accumulation
+    passes = rows_seen / facts.num_train_rows
     lines = [
         config.output.data,
-        f"Trained on {facts.num_train_rows} rows ({facts.num_train_tokens:,} tokens{dropped}).",
+        f"The training file has {facts.num_train_rows:,} usable rows ({facts.num_train_tokens:,} "
+        f"tokens{dropped}); the run made {passes:.1f} passes over it.",
         f"Licence of the data: {config.output.licence}." if config.output.licence else "",
     ]
     return "## Data\n\n" + "\n".join(line for line in lines if line)
