@@ -115,10 +115,11 @@ class NativeEngine(Engine):
                 finished = delivery.finish_reason is not None
                 yield delivery
         finally:
-            if not finished:
+            if finished:
+                del self._mailboxes[request.request_id]
+            else:
                 seq.cancelled = True  # seen at the next step
-                await self._wait_for_end(mailbox)
-            del self._mailboxes[request.request_id]
+                await asyncio.shield(asyncio.ensure_future(self._let_go(request.request_id)))
 
     @carried_through
     async def load_adapter(self, adapter: AdapterWeights) -> None:
@@ -133,7 +134,7 @@ class NativeEngine(Engine):
                 )
             slot = self._slots.take(adapter.key)
             try:
-                commit = await asyncio.to_thread(
+                commit = await self._prepare(
                     self._executor.prepare_load, slot, adapter, self._tails
                 )
                 await self._between_steps(commit)
@@ -150,7 +151,7 @@ class NativeEngine(Engine):
             slot = self._slots.find(key)
             if slot == self._merged_slot:
                 raise CapacityExceeded(f"{key} is merged; unmerge it before unloading it")
-            commit = await asyncio.to_thread(self._executor.prepare_unload, slot)
+            commit = await self._prepare(self._executor.prepare_unload, slot)
             await self._between_steps(commit)
             self._slots.release(key)
 
@@ -161,7 +162,7 @@ class NativeEngine(Engine):
             slot = self._slots.find(key)
             if slot == self._merged_slot:
                 return
-            commit = await asyncio.to_thread(self._executor.prepare_merge, slot, self._tails)
+            commit = await self._prepare(self._executor.prepare_merge, slot, self._tails)
             await self._between_steps(lambda: self._commit_merge(slot, commit))
 
     @carried_through
@@ -170,7 +171,7 @@ class NativeEngine(Engine):
         async with self._residency:
             if self._merged_slot == NO_SLOT:
                 return
-            commit = await asyncio.to_thread(self._executor.prepare_unmerge)
+            commit = await self._prepare(self._executor.prepare_unmerge)
             await self._between_steps(lambda: self._commit_merge(NO_SLOT, commit))
 
     # --- step thread
@@ -290,6 +291,14 @@ class NativeEngine(Engine):
     # --- crossing between the threads
     # ----------------------------------------------------------------
 
+    async def _prepare(self, prepare: Callable[..., Commit], *args: object) -> Commit:
+        """Run the slow half of a change on another thread."""
+        try:
+            return await asyncio.to_thread(prepare, *args)
+        except Exception:
+            self._require_alive()  # else the model is gone, which is all that this error says
+            raise
+
     async def _between_steps(self, commit: Commit) -> None:
         """Run `commit` on the step thread before its next step, and wait for it."""
         self._require_alive()
@@ -315,7 +324,7 @@ class NativeEngine(Engine):
     def _dispatch(self, outputs: list[EngineOutput]) -> None:
         for output in outputs:
             mailbox = self._mailboxes.get(output.request_id)
-            if mailbox is not None:  # None: its reader was cancelled twice and did not wait
+            if mailbox is not None:  # None: cancelled, and the engine died meanwhile
                 mailbox.put_nowait(output)
 
     def _fail_all(self, cause: BaseException | None) -> None:
@@ -327,12 +336,13 @@ class NativeEngine(Engine):
         for commit in tuple(self._commits):
             _settle(commit, _dead(cause))
 
-    async def _wait_for_end(self, mailbox: asyncio.Queue[Delivery]) -> None:
-        """After a cancel: until the step thread has let go of the sequence."""
+    async def _let_go(self, request_id: str) -> None:
+        """After a cancel: forget the request once the step thread has let go of its sequence."""
         while self.alive:
-            delivery = await mailbox.get()
+            delivery = await self._mailboxes[request_id].get()
             if isinstance(delivery, BaseException) or delivery.finish_reason is not None:
-                return
+                break
+        del self._mailboxes[request_id]
 
     def _require_alive(self) -> None:
         if self._closing or not self.alive:
