@@ -266,16 +266,15 @@ class Runtime:
         limits = self._engine.limits
         if request.token_ids is not None:
             where, ids = "tokens.ids", request.token_ids
-            if bad := [i for i in ids if not 0 <= i < limits.vocab_size]:
-                raise InvalidRequest(
-                    where, f"want ids from 0 to {limits.vocab_size - 1}, got {bad[0]}"
-                )
         elif request.messages is not None:
             where, ids = "chat", tuple(self._tokenizer.encode_chat(request.messages))
         else:
             where, ids = "prompt", tuple(self._tokenizer.encode(request.prompt or ""))
         if not ids:
             raise InvalidRequest(where, "must not be empty")
+        # Of a text, too: a tokenizer may know more tokens than the model.
+        if bad := [i for i in ids if not 0 <= i < limits.vocab_size]:
+            raise InvalidRequest(where, f"want ids from 0 to {limits.vocab_size - 1}, got {bad[0]}")
         if len(ids) >= limits.context_length:
             raise InvalidRequest(
                 where, f"has {len(ids)} tokens, the context holds {limits.context_length}"
