@@ -121,6 +121,13 @@ def test_special_tokens_have_no_text() -> None:
     assert "".join(pieces(Detokenizer(BYTES), ids)) == "hello"
 
 
+def test_ids_that_the_tokenizer_does_not_know_have_no_text() -> None:
+    """A model's vocabulary is often padded."""
+    detokenizer = Detokenizer(BYTES)
+    ids = [*encode("a"), 10_000, *encode("b"), 10_000]
+    assert "".join(pieces(detokenizer, ids)) + detokenizer.finish() == "ab"
+
+
 def test_several_tokens_at_once() -> None:
     detokenizer = Detokenizer(BYTES)
     ids = encode("hello wörld 🙂")

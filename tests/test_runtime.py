@@ -317,6 +317,27 @@ async def test_a_request_that_cannot_be_served_is_refused_by_field(
         assert runtime.stats().num_requests_waiting == 0
 
 
+async def test_a_text_with_a_token_that_the_model_has_not_is_refused(
+    tmp_path: Path, adapters_dir: Path
+) -> None:
+    """A tokenizer may know more tokens than the model has embeddings for."""
+    from transformers import AutoTokenizer
+
+    model_dir = save_tiny_chat_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.add_tokens([f"<|extra {i}|>" for i in range(40)], special_tokens=True)
+    tokenizer.save_pretrained(model_dir)
+    async with serving(model_dir, tmp_path / "adapters") as runtime:
+        for fields, where in (
+            ({"prompt": "fox <|extra 39|>"}, "prompt"),
+            ({"messages": (ChatMessage("user", "<|extra 39|>"),)}, "chat"),
+        ):
+            with pytest.raises(InvalidRequest, match="from 0 to 319") as caught:
+                await read(runtime, ask(**fields))
+            assert caught.value.field == where
+        assert await read(runtime, ask())
+
+
 async def test_the_whole_context_can_be_used(tiny_chat_model: Path, adapters_dir: Path) -> None:
     async with serving(tiny_chat_model, adapters_dir) as runtime:
         params = SamplingParams(max_tokens=28, ignore_eos=True)

@@ -275,6 +275,33 @@ async def test_a_request_id_is_used_once_at_a_time(tiny_llama: Path) -> None:
         assert len((await first).token_ids) == 60
 
 
+async def test_a_reader_cancelled_twice_leaves_nothing_behind(tiny_llama: Path) -> None:
+    """It does not even wait until the step thread has let go."""
+    stuck, go = threading.Event(), threading.Event()
+
+    class SlowToStep(TorchExecutor):
+        def run(self, batch: PackedBatch) -> Tensor:
+            if batch.sequences[0].num_tokens == 9:
+                stuck.set()
+                assert go.wait(10)
+            return super().run(batch)
+
+    async with running(tiny_llama, make=SlowToStep) as engine:
+        reading = asyncio.create_task(collect(engine, request("a", prompt(9), 50, **LONG)))
+        await until(stuck.is_set)
+        for _ in range(2):
+            reading.cancel()
+            await asyncio.sleep(0.01)
+        assert reading.done()
+        with pytest.raises(KasaError, match="'a' is in use"):
+            await collect(engine, request("a", prompt(4), 3))
+        go.set()
+        await until(lambda: not engine.stats().num_running + engine.stats().num_waiting)
+        assert (await collect(engine, request("a", prompt(4), 3))).token_ids, "its id is free"
+        stats = engine.stats()
+        assert (stats.kv_cache_usage, stats.num_running, stats.num_waiting) == (0.0, 0, 0)
+
+
 # --- what the outputs say ------------------------------------------------------------------------
 
 
@@ -450,3 +477,22 @@ async def test_calls_while_it_closes_are_refused_and_do_not_hang(
         with pytest.raises(EngineDead):
             await engine.load_adapter(adapters[1])
         await closing
+
+
+async def test_a_change_that_is_prepared_while_it_closes_fails_as_such(
+    tiny_llama: Path, adapters: list[AdapterWeights], tails: MemoryTails
+) -> None:
+    preparing = threading.Event()
+
+    class SlowToPrepare(TorchExecutor):
+        def prepare_load(self, *args: Any) -> Commit:
+            preparing.set()
+            time.sleep(0.2)
+            return super().prepare_load(*args)
+
+    async with asyncio.timeout(10), running(tiny_llama, tails, make=SlowToPrepare) as engine:
+        loading = asyncio.create_task(engine.load_adapter(adapters[0]))
+        await until(preparing.is_set)
+        await engine.close()
+        with pytest.raises(EngineDead):
+            await loading
