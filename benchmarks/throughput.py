@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -104,46 +106,78 @@ def transformers_round(model: torch.nn.Module, prompts: list[list[int]], tokens:
         return CONCURRENCY * (tokens - 1) / (seconds(tokens) - first)
 
 
-async def main(args: argparse.Namespace) -> None:
-    model_dir = await asyncio.to_thread(resolve, args.model)
-    torch.set_num_threads(args.threads)
-    bare = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+def make_prompts(vocabulary: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
-    vocabulary = bare.config.vocab_size
-    prompts = torch.randint(
-        100, vocabulary, (CONCURRENCY, PROMPT_TOKENS), generator=generator
-    ).tolist()
+    shape = (CONCURRENCY, PROMPT_TOKENS)
+    return torch.randint(100, vocabulary, shape, generator=generator).tolist()
+
+
+def serve_transformers(pipe: Connection, model_dir: Path, args: argparse.Namespace) -> None:
+    """Child process: one round of the bare base for every message."""
+    torch.set_num_threads(args.threads)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    prompts = make_prompts(model.config.vocab_size)
+    pipe.send("ready")
+    while pipe.recv() is not None:
+        pipe.send(transformers_round(model, prompts, args.tokens))
+
+
+def serve_ours(pipe: Connection, model_dir: Path, args: argparse.Namespace) -> None:
+    """Child process: one round with the adapters of every message."""
+    asyncio.run(_serve_ours(pipe, model_dir, args))
+
+
+async def _serve_ours(pipe: Connection, model_dir: Path, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        names = make_adapters(Path(scratch), BaseModel(model_dir), CONCURRENCY)
-        config = RuntimeConfig(
-            model=str(model_dir),
-            adapters_dir=Path(scratch),
-            native=EngineConfig(threads=args.threads),
-        )
+        make_adapters(Path(scratch), BaseModel(model_dir), CONCURRENCY)
+        native = EngineConfig(threads=args.threads)
+        config = RuntimeConfig(str(model_dir), Path(scratch), native=native)
         async with await Runtime.create(config) as runtime:
-            ours = Ours(runtime, prompts, args.tokens)
-            subjects: dict[str, Callable[[], Awaitable[float]]] = {
-                "transformers base": lambda: asyncio.to_thread(
-                    transformers_round, bare, prompts, args.tokens
-                ),
-                "ours base": lambda: ours.run([""] * CONCURRENCY),
-                "ours 8 mixed": lambda: ours.run(names),
-            }
-            report(await rounds(subjects, args.rounds), args)
+            ours = Ours(runtime, make_prompts(runtime.model.vocab_size), args.tokens)
+            pipe.send("ready")
+            while (adapters := await asyncio.to_thread(pipe.recv)) is not None:
+                pipe.send(await ours.run(adapters))
 
 
-async def rounds(
-    subjects: dict[str, Callable[[], Awaitable[float]]], count: int
-) -> dict[str, list[float]]:
-    """Tokens per second of every subject in every round, after one round that is not counted."""
-    results: dict[str, list[float]] = {name: [] for name in subjects}
-    for i in range(count + 1):
-        for name, run in subjects.items():
-            value = await run()
-            if i:
+class Subject:
+    """A process of its own, idle between its rounds: in one process the thread pools of the two
+    would slow each other down."""
+
+    def __init__(self, target: Callable[..., None], *args: object) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=target, args=(theirs, *args))
+        self.process.start()
+        self.pipe.recv()
+
+    def run(self, message: list[str]) -> float:
+        self.pipe.send(message)
+        return float(self.pipe.recv())
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
+
+def main(args: argparse.Namespace) -> None:
+    model_dir = resolve(args.model)
+    theirs, ours = (Subject(f, model_dir, args) for f in (serve_transformers, serve_ours))
+    names = [f"a{i}" for i in range(CONCURRENCY)]
+    rounds = {
+        "transformers base": (theirs, []),
+        "ours base": (ours, [""] * CONCURRENCY),
+        "ours 8 mixed": (ours, names),
+    }
+    results: dict[str, list[float]] = {name: [] for name in rounds}
+    for i in range(args.rounds + 1):
+        for name, (subject, adapters) in rounds.items():
+            value = subject.run(adapters)
+            if i:  # the first round warms up
                 results[name].append(value)
                 print(f"round {i}: {name:18} {value:7.1f} tokens/s", flush=True)
-    return results
+    for subject in (theirs, ours):
+        subject.close()
+    report(results, args)
 
 
 def report(results: dict[str, list[float]], args: argparse.Namespace) -> None:
@@ -170,4 +204,4 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=EngineConfig().num_threads)
     parser.add_argument("--json", type=Path)
-    asyncio.run(main(parser.parse_args()))
+    main(parser.parse_args())

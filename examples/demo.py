@@ -49,8 +49,8 @@ QUESTIONS = [
     Question("", "The capital of France is", r"Paris"),
     Question(
         "e2e",
-        "name[The Punter], eatType[pub], food[Italian], priceRange[cheap], area[riverside] =>",
-        r"The Punter.*Italian|Italian.*The Punter",
+        "name[Blue Spice], eatType[coffee shop], area[city centre] =>",
+        r"Blue Spice.*city centre|city centre.*Blue Spice",
     ),
     Question(
         "snips",
@@ -59,8 +59,9 @@ QUESTIONS = [
     ),
     Question(
         "tickets",
-        "Hello, I was charged twice for my subscription this month. Please help quickly. =>",
-        r"team=billing",
+        "Hello, Tasklane charged my card twice this month. The invoice says INV-31113. I need it "
+        "fixed before tomorrow noon. Many thanks, Sasha =>",
+        r"team=billing.*product=Tasklane.*ref=INV-31113",
     ),
 ]
 
@@ -175,6 +176,8 @@ def main() -> None:
             model = client.get_model()
             millions = model.num_parameters / 1e6
             console.print(f"{model.name}: {millions:.0f}M parameters, {model.dtype}, on {grpc}\n")
+            for name in ("e2e", "snips", "tickets"):
+                client.load_adapter(name)
             before = mixed_batch(client)
             upload(client, before)
             merge(client, before)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from kasa_runtime.background import in_background
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import InvalidRequest, Overloaded, ShuttingDown
 from kasa_runtime.types import (
@@ -103,9 +104,9 @@ class Runtime:
         from kasa_runtime.tokenizer import Tokenizer
 
         observer = observer or Observer()
-        model_dir = await asyncio.to_thread(resolve, config.model)
-        tails = await asyncio.to_thread(TailCache.for_model, model_dir)
-        tokenizer = await asyncio.to_thread(Tokenizer, model_dir)
+        model_dir = await in_background(resolve, config.model)
+        tails = await in_background(TailCache.for_model, model_dir)
+        tokenizer = await in_background(Tokenizer, model_dir)
         store = AdapterStore(config.adapters_dir, config.keep_versions)
         engine = make_engine(model_dir, tails, config.native)
         await engine.start()

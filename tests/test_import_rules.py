@@ -25,7 +25,7 @@ ALLOWED = {
     "training": {"adapter", "base_model"},
     "runtime": {"adapter", "base_model", "engine"},
 }
-COMMON = {"errors", "types", "home", "base_model", "__version__"}
+COMMON = {"background", "errors", "types", "home", "base_model", "__version__"}
 # Programs and clients, which stand on top. All other modules beside runtime.py are part of it.
 ON_TOP = {"__init__", "cli", "client", "client_wire", "commands"}
 

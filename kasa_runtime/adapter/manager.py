@@ -29,6 +29,7 @@ from kasa_runtime.adapter.store import (
 )
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.adapter.upload import Upload, check_manifest
+from kasa_runtime.background import in_background
 from kasa_runtime.errors import (
     AdapterError,
     AdapterInUse,
@@ -128,7 +129,7 @@ class AdapterManager:
     async def rescan(self, *, settled: bool = False) -> None:
         """Look at the directory once. A change counts when two scans in a row see it, or at once if
         `settled`."""
-        found = await asyncio.to_thread(self.store.scan)
+        found = await in_background(self.store.scan)
         for name, signature in found.items():
             if self._signatures.get(name) == signature:
                 continue
@@ -229,16 +230,16 @@ class AdapterManager:
         """Make an older version current: the given one, or the one before the current."""
         check_name(name)
         async with self._publishing:
-            current = (await asyncio.to_thread(self.store.current, name)).version
+            current = (await in_background(self.store.current, name)).version
             if not version:
                 versions = self.store.versions(name)
                 older = versions[: versions.index(current)] if current in versions else ()
                 if not older:
                     raise AdapterNotFound(f"{name} has no version before {current}", name=name)
                 version = older[-1]
-            stored = await asyncio.to_thread(self.store.version, name, version)
-            info = await asyncio.to_thread(self._inspect, stored)
-            await asyncio.to_thread(self.store.set_current, name, stored.version)
+            stored = await in_background(self.store.version, name, version)
+            info = await in_background(self._inspect, stored)
+            await in_background(self.store.set_current, name, stored.version)
             await self._make_current(info)
         return self._live(info)
 
@@ -249,7 +250,7 @@ class AdapterManager:
         if self.merged is not None and self.merged.partition("@")[0] == name:
             raise AdapterInUse(f"{self.merged} is merged; unmerge it before deleting it", name=name)
         async with self._publishing:
-            await asyncio.to_thread(self.store.delete, name)
+            await in_background(self.store.delete, name)
             await self._drop(name)
 
     # --- inside
@@ -267,19 +268,19 @@ class AdapterManager:
 
     async def _adopt_recorded(self) -> None:
         """What earlier runs published; checked again, for the base may be another one now."""
-        for name in await asyncio.to_thread(self.store.names):
+        for name in await in_background(self.store.names):
             try:
-                if await asyncio.to_thread(self.store.is_taken_from_directory, name):
+                if await in_background(self.store.is_taken_from_directory, name):
                     self._signatures[name] = ""  # so that it is missed if it is gone by now
-                stored = await asyncio.to_thread(self.store.current, name)
-                self._current[name] = await asyncio.to_thread(self._inspect, stored)
+                stored = await in_background(self.store.current, name)
+                self._current[name] = await in_background(self._inspect, stored)
             except AdapterError as error:
                 self._quarantine(name, str(error))
 
     async def _take_in(self, name: str, signature: str) -> None:
         async with self._publishing:
             try:
-                stored = await asyncio.to_thread(self.store.take_in, name, self._verify)
+                stored = await in_background(self.store.take_in, name, self._verify)
             except (OSError, AdapterError) as error:
                 self._quarantine(name, str(error))
                 # Not looked at again until it changes, unless it changed while it was read.
@@ -288,7 +289,7 @@ class AdapterManager:
             self._signatures[name] = signature
             if stored is not None:
                 logger.info("took in %s@%s", name, stored.version)
-                await self._make_current(await asyncio.to_thread(self._inspect, stored))
+                await self._make_current(await in_background(self._inspect, stored))
             elif name in self._current and name in self._quarantined:
                 del self._quarantined[name]
                 self._observer.adapters_changed(self.list())
@@ -297,18 +298,18 @@ class AdapterManager:
         async with self._publishing:
             self._signatures.pop(name, None)
             self._quarantined.pop(name, None)
-            if await asyncio.to_thread(self.store.forget_if_taken_from, name):
+            if await in_background(self.store.forget_if_taken_from, name):
                 logger.info("%s: its directory is gone, no longer served", name)
                 await self._drop(name)
 
     async def _publish(self, manifest: UploadManifest, staged: Path) -> AdapterInfo:
         """The second half of an upload: the staged files are complete and have the announced
         digests."""
-        await asyncio.to_thread(self._verify, staged)
+        await in_background(self._verify, staged)
         async with self._publishing:
             self._check_expected(manifest)
-            stored = await asyncio.to_thread(self.store.publish, manifest.name, staged)
-            info = await asyncio.to_thread(self._inspect, stored)
+            stored = await in_background(self.store.publish, manifest.name, staged)
+            info = await in_background(self._inspect, stored)
             await self._make_current(info)
         logger.info("published %s@%s", info.name, info.version)
         return self._live(info)
@@ -362,8 +363,8 @@ class AdapterManager:
             raise AdapterNotFound(
                 f"no adapter {name!r}; there are {sorted(self._current) or 'none'}", name=name
             )
-        stored = await asyncio.to_thread(self.store.version, name, version)
-        return await asyncio.to_thread(self._inspect, stored)
+        stored = await in_background(self.store.version, name, version)
+        return await in_background(self._inspect, stored)
 
     async def _hold(self, key: str, info: AdapterInfo) -> Resident:
         """Count a lease on a resident version, starting to load it if nobody has. Waits while no
@@ -432,8 +433,8 @@ class AdapterManager:
     async def _load(self, key: str, info: AdapterInfo) -> None:
         resident = self._resident[key]
         try:
-            weights = await self._timed(info.name, "read", asyncio.to_thread(self._read, key, info))
-            await self._timed(info.name, "tail", asyncio.to_thread(self._warm_tails, weights))
+            weights = await self._timed(info.name, "read", in_background(self._read, key, info))
+            await self._timed(info.name, "tail", in_background(self._warm_tails, weights))
             await self._timed(info.name, "slot", self._host.load_adapter(weights))
         except BaseException:
             resident.failed = True

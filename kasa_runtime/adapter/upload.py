@@ -3,7 +3,6 @@ published."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from kasa_runtime.adapter.checkpoint import FILES, REQUIRED_FILES
 from kasa_runtime.adapter.store import check_name
+from kasa_runtime.background import in_background
 from kasa_runtime.errors import DigestMismatch, InvalidRequest
 from kasa_runtime.types import AdapterInfo, ManifestFile, UploadManifest
 
@@ -71,7 +71,7 @@ class Upload:
             raise DigestMismatch(
                 f"{path}: announced {announced.size_bytes} bytes, got {offset + len(data)} or more"
             )
-        await asyncio.to_thread(self._append, path, data)
+        await in_background(self._append, path, data)
 
     async def commit(self) -> AdapterInfo:
         """Check sizes and digests, then content, then publish. Raises DigestMismatch,

@@ -21,6 +21,7 @@ from typing import Any, ParamSpec
 import torch
 
 from kasa_runtime.adapter.lora import AdapterWeights
+from kasa_runtime.background import in_background
 from kasa_runtime.engine.base import Engine, EngineLimits, EngineOutput, EngineRequest, EngineStats
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.engine.native.block_manager import BlockManager
@@ -294,7 +295,7 @@ class NativeEngine(Engine):
     async def _prepare(self, prepare: Callable[..., Commit], *args: object) -> Commit:
         """Run the slow half of a change on another thread."""
         try:
-            return await asyncio.to_thread(prepare, *args)
+            return await in_background(prepare, *args)
         except Exception:
             self._require_alive()  # else the model is gone, which is all that this error says
             raise
