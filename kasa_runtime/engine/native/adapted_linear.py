@@ -59,8 +59,8 @@ class Factors:
     take."""
 
     layout: Layout
-    a: Tensor  # (columns, in)
-    b: Tensor  # (out, columns)
+    a_t: Tensor  # (in, columns), the transpose of a contiguous A
+    b_t: Tensor  # (columns, out), the transpose of a contiguous B
 
 
 def stack(deltas: Mapping[int, ModuleDelta], tail: Tail | None, like: Tensor) -> Factors:
@@ -78,8 +78,8 @@ def stack(deltas: Mapping[int, ModuleDelta], tail: Tail | None, like: Tensor) ->
     layout = Layout(tuple(slots), tail.rank if tail else 0)
     return Factors(
         layout,
-        torch.cat(a).to(like.device, like.dtype),
-        torch.cat(b, dim=1).to(like.device, like.dtype),
+        torch.cat(a).to(like.device, like.dtype).T,
+        torch.cat(b, dim=1).to(like.device, like.dtype).T,
     )
 
 
@@ -195,8 +195,8 @@ def add_delta(y: Tensor, x: Tensor, factors: Factors, mask: Tensor) -> Tensor:
     """y += ((x A^T) * mask) B^T, in place.
 
     y (1, n, out), x (1, n, in), A (columns, in), mask (n, columns), B (out, columns)."""
-    hidden = F.linear(x[0], factors.a).mul_(mask)  # (n, columns)
-    y[0].addmm_(hidden, factors.b.T)  # (n, columns) @ (columns, out)
+    hidden = torch.mm(x.reshape(-1, x.shape[-1]), factors.a_t).mul_(mask)  # (n, columns)
+    y.view(-1, y.shape[-1]).addmm_(hidden, factors.b_t)  # (n, columns) @ (columns, out)
     return y
 
 

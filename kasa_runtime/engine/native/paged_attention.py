@@ -90,15 +90,13 @@ def paged_attention(
         raise ModelError("attention sinks are not supported by the torch executor")
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = plan.cache.keys[layer], plan.cache.values[layer]
-    keys[plan.new_slots] = key[0].transpose(0, 1)  # (tokens, kv_heads, head_dim)
-    values[plan.new_slots] = value[0].transpose(0, 1)
-    out = torch.empty_like(query[0].transpose(0, 1), memory_format=torch.contiguous_format)
+    keys.index_copy_(0, plan.new_slots, key[0].transpose(0, 1))  # (tokens, kv_heads, head_dim)
+    values.index_copy_(0, plan.new_slots, value[0].transpose(0, 1))
+    parts = []
     for group in plan.groups:
-        window = _windowed(group, sliding_window)
-        out[group.rows] = _attend(
-            query[0, :, group.rows], keys, values, group, window, scaling, softcap
-        )
-    return out[None], None
+        rows, mask = query[0, :, group.rows], _windowed(group, sliding_window)
+        parts.append(_attend(rows, keys, values, group, mask, scaling, softcap))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
 def _attend(
@@ -114,8 +112,8 @@ def _attend(
     heads, num_rows, head_dim = query.shape
     n, kv_heads = group.num_sequences, keys.shape[1]
     queries, share = num_rows // n, heads // kv_heads
-    k = keys[group.key_slots].view(n, -1, kv_heads, head_dim).transpose(1, 2)
-    v = values[group.key_slots].view(n, -1, kv_heads, values.shape[2]).transpose(1, 2)
+    k = keys.index_select(0, group.key_slots).view(n, -1, kv_heads, head_dim).transpose(1, 2)
+    v = values.index_select(0, group.key_slots).view(n, -1, kv_heads, values.shape[2]).transpose(1, 2)
     # Heads that share a key head become queries of it, so that no key is copied: (n, kv_heads,
     # share * queries, dim).
     q = query.view(kv_heads, share, n, queries, head_dim).permute(2, 0, 1, 3, 4)
