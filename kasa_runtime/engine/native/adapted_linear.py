@@ -10,7 +10,7 @@ delta, and steps without such rows, cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kasa_runtime.adapter.kasa import Tail
 from kasa_runtime.adapter.lora import ModuleDelta
 
-PACK_ROWS = 32
+PACK_ROWS = 16
 """Rows of activations that oneDNN's weight layout is chosen for: a decode batch."""
 
 
@@ -53,45 +53,59 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The stacked factors of one layer.
+    """The stacked factors of layers that share their input.
 
     Plain tensors: oneDNN's packed products cost 20 us a call, more than these whole products
     take."""
 
-    layout: Layout
-    a_t: Tensor  # (in, columns), the transpose of a contiguous A
-    b_t: Tensor  # (columns, out), the transpose of a contiguous B
+    layouts: tuple[Layout, ...]  # one per layer
+    columns: tuple[int, ...]  # their numbers of columns
+    a_t: Tensor  # (in, all columns), the transpose of a contiguous A
+    b_t: tuple[Tensor, ...]  # (columns, out) per layer, the transposes of contiguous ones
 
 
-def stack(deltas: Mapping[int, ModuleDelta], tail: Tail | None, like: Tensor) -> Factors:
-    """The factors of the adapters `deltas` (by slot) over one layer, in the dtype and on the device
-    of `like`."""
+def stack(
+    layers: Sequence[tuple[Mapping[int, ModuleDelta], Tail | None]],
+    like: Tensor,
+    interned: dict[tuple[Layout, ...], tuple[Layout, ...]],
+) -> Factors | None:
+    """The factors of layers that share their input, each with its deltas by slot and its tail, in
+    the dtype and on the device of `like`; None if there are no deltas. `interned` collects layouts,
+    so that equal ones are one object."""
+    if not any(deltas for deltas, _ in layers):
+        return None
+    layouts, rows, columns = [], [], []
+    for deltas, tail in layers:
+        layouts.append(_layout(deltas, tail))
+        own = [delta for _, delta in sorted(deltas.items())]
+        rows += [delta.a for delta in own] + ([tail.q] if tail else [])
+        columns.append([delta.b for delta in own] + ([-tail.p] if tail else []))
+    known = interned.setdefault(tuple(layouts), tuple(layouts))
+    return Factors(
+        known,
+        tuple(layout.num_columns for layout in known),
+        torch.cat(rows).to(like.device, like.dtype).T,
+        tuple(torch.cat(b, 1).to(like.device, like.dtype).T if b else like for b in columns),
+    )
+
+
+def _layout(deltas: Mapping[int, ModuleDelta], tail: Tail | None) -> Layout:
     slots, first = [], 0
     for slot, delta in sorted(deltas.items()):
         slots.append((slot, first, delta.rank, delta.t))
         first += delta.rank
-    a = [delta.a for _, delta in sorted(deltas.items())]
-    b = [delta.b for _, delta in sorted(deltas.items())]
-    if tail is not None:
-        a.append(tail.q)
-        b.append(-tail.p)
-    layout = Layout(tuple(slots), tail.rank if tail else 0)
-    return Factors(
-        layout,
-        torch.cat(a).to(like.device, like.dtype).T,
-        torch.cat(b, dim=1).to(like.device, like.dtype).T,
-    )
+    return Layout(tuple(slots), tail.rank if tail else 0)
 
 
 class StepMasks:
-    """The masks of the current step, one per layout, made when the first layer asks for it. Step
-    thread only."""
+    """The masks of the current step, one per combination of layouts, made when the first layer asks
+    for it. Step thread only."""
 
     def __init__(self) -> None:
         self.merged_slot = -1
         self._rows: Tensor | None = None
         self._slots: list[int] = []
-        self._masks: dict[Layout, Tensor | None] = {}
+        self._masks: dict[int, Tensor | None] = {}
 
     def begin(self, slots: list[int], num_tokens: list[int], like: Tensor) -> None:
         """Start a step whose sequences have these adapter slots (-1: base) and numbers of
@@ -105,15 +119,19 @@ class StepMasks:
         index = torch.tensor([self._slots.index(slot) for slot in slots])
         self._rows = index.repeat_interleave(torch.tensor(num_tokens))
 
-    def get(self, layout: Layout) -> Tensor | None:
-        """(tokens, columns), or None when no row of the step has a delta in such a layer."""
+    def get(self, layouts: tuple[Layout, ...]) -> Tensor | None:
+        """(tokens, all columns), or None when no row of the step has a delta in such layers."""
         if self._rows is None:
             return None
-        if layout not in self._masks:
-            self._masks[layout] = self._make(layout)
-        return self._masks[layout]
+        key = id(layouts)  # equal ones are the same object (see `stack`); hashing them costs more
+        if key not in self._masks:
+            table = torch.cat([self._table(layout) for layout in layouts], dim=1)
+            mask = table[self._rows].to(self._like.device, self._like.dtype)
+            self._masks[key] = mask if table.any() else None
+        return self._masks[key]
 
-    def _make(self, layout: Layout) -> Tensor | None:
+    def _table(self, layout: Layout) -> Tensor:
+        """One row per slot of the step (slots, columns)."""
         table = torch.zeros(len(self._slots), layout.num_columns)
         merged = layout.columns(self.merged_slot)
         for i, slot in enumerate(self._slots):
@@ -122,33 +140,46 @@ class StepMasks:
                 table[i] += own
             if merged is not None:
                 table[i] -= merged
-        if not table.any():
-            return None
-        assert self._rows is not None
-        return table[self._rows].to(self._like.device, self._like.dtype)
+        return table
 
 
-class AdaptedLinear(nn.Module):
-    """Stands in for a linear layer of the model. `weight` is what is served now; `pristine` is the
-    base's own while an adapter is merged, kept untouched, so that unmerging cannot drift."""
+class LinearGroup:
+    """The weights of layers that get the same tensor one after another (q, k, v; gate, up),
+    multiplied as one matrix. Most groups have one layer.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, masks: StepMasks) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bias = bias
-        self.weight = pack_weight(weight)
+    `weight` is what is served now; `pristine` is the base's own while an adapter is merged, kept
+    untouched, so that unmerging cannot drift."""
+
+    def __init__(
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], masks: StepMasks
+    ) -> None:
+        self.sizes = [weight.shape[0] for weight in weights]  # out features of each layer
+        self.like = torch.empty(0, dtype=weights[0].dtype, device=weights[0].device)
+        self.weight = pack_weight(torch.cat(list(weights)))  # (sum of sizes, in)
+        self.bias = _joined_bias(weights, biases)
         self.factors: Factors | None = None
-        self.masks = masks
         self._pristine: Tensor | None = None
+        self._masks = masks
+        self._input: Tensor | None = None  # whose outputs wait for the other layers
+        self._outputs: dict[int, Tensor] = {}
 
-    @property
-    def like(self) -> Tensor:
-        """An empty tensor of the weight's dtype and device."""
-        return torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """What layer `index` makes of x (1, n, in): (1, n, out). The first layer that is called
+        with a tensor computes for all."""
+        if len(self.sizes) == 1:
+            return self._compute(x)
+        if x is not self._input or index not in self._outputs:
+            self._input = x
+            self._outputs = dict(enumerate(self._compute(x).split(self.sizes, dim=-1)))
+        y = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return y
 
-    def pristine_weight(self) -> Tensor:
-        """A dense copy of the base's weight (out, in)."""
-        return unpack_weight(self.weight if self._pristine is None else self._pristine)
+    def dense(self, *, pristine: bool) -> list[Tensor]:
+        """Dense copies of the layers' weights (out, in): the base's own, or those served now."""
+        held = self._pristine if pristine and self._pristine is not None else self.weight
+        return list(unpack_weight(held).split(self.sizes))
 
     def set_merged(self, packed: Tensor) -> None:
         """Serve `packed` from now on. Step thread, between steps."""
@@ -162,12 +193,45 @@ class AdaptedLinear(nn.Module):
         if self._pristine is not None:
             self.weight, self._pristine = self._pristine, None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         y = linear(x, self.weight, self.bias)
         if self.factors is None:
             return y
-        mask = self.masks.get(self.factors.layout)
-        return y if mask is None else add_delta(y, x, self.factors, mask)
+        mask = self._masks.get(self.factors.layouts)
+        return y if mask is None else add_deltas(y, x, self.factors, mask, self.sizes)
+
+
+class AdaptedLinear(nn.Module):
+    """Stands in for a linear layer of the model: one layer of a group."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.dense: tuple[Tensor, Tensor | None] | None = (weight, bias)  # until it is grouped
+        self.group: LinearGroup
+        self.index = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dense is not None:
+            return F.linear(x, *self.dense)
+        return self.group.output(self.index, x)
+
+
+def group_layers(layers: Sequence[AdaptedLinear], masks: StepMasks) -> LinearGroup:
+    """Make one group of layers that share their input; their dense weights are given up."""
+    held = [layer.dense for layer in layers]
+    assert all(held), "a layer is grouped once"
+    group = LinearGroup([d[0] for d in held if d], [d[1] for d in held if d], masks)
+    for index, layer in enumerate(layers):
+        layer.group, layer.index, layer.dense = group, index, None
+    return group
+
+
+def _joined_bias(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(weights, biases, strict=True)
+    return torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in pairs])
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -191,12 +255,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def add_delta(y: Tensor, x: Tensor, factors: Factors, mask: Tensor) -> Tensor:
-    """y += ((x A^T) * mask) B^T, in place.
+def add_deltas(
+    y: Tensor, x: Tensor, factors: Factors, mask: Tensor, sizes: Sequence[int]
+) -> Tensor:
+    """y += ((x A^T) * mask) B^T, in place, layer by layer.
 
-    y (1, n, out), x (1, n, in), A (columns, in), mask (n, columns), B (out, columns)."""
+    y (1, n, sum of sizes), x (1, n, in), A (columns, in), mask (n, columns); per layer its own
+    columns and B (size, columns)."""
     hidden = torch.mm(x.reshape(-1, x.shape[-1]), factors.a_t).mul_(mask)  # (n, columns)
-    y.view(-1, y.shape[-1]).addmm_(hidden, factors.b_t)  # (n, columns) @ (columns, out)
+    rows = y.view(-1, y.shape[-1])
+    if len(sizes) == 1:
+        rows.addmm_(hidden, factors.b_t[0])  # (n, columns) @ (columns, out)
+        return y
+    own = zip(rows.split(sizes, 1), hidden.split(factors.columns, 1), factors.b_t, strict=True)
+    for out, columns, b_t in own:
+        if columns.shape[1]:
+            out.addmm_(columns, b_t)
     return y
 
 

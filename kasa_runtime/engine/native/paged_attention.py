@@ -113,7 +113,11 @@ def _attend(
     n, kv_heads = group.num_sequences, keys.shape[1]
     queries, share = num_rows // n, heads // kv_heads
     k = keys.index_select(0, group.key_slots).view(n, -1, kv_heads, head_dim).transpose(1, 2)
-    v = values.index_select(0, group.key_slots).view(n, -1, kv_heads, values.shape[2]).transpose(1, 2)
+    v = (
+        values.index_select(0, group.key_slots)
+        .view(n, -1, kv_heads, values.shape[2])
+        .transpose(1, 2)
+    )
     # Heads that share a key head become queries of it, so that no key is copied: (n, kv_heads,
     # share * queries, dim).
     q = query.view(kv_heads, share, n, queries, head_dim).permute(2, 0, 1, 3, 4)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -30,9 +31,9 @@ from kasa_runtime.engine.native.adapted_linear import (
     AdaptedLinear,
     Factors,
     StepMasks,
+    group_layers,
     pack_weight,
     stack,
-    unpack_weight,
 )
 from kasa_runtime.engine.native.executor import (
     NO_SLOT,
@@ -70,12 +71,13 @@ class TorchExecutor(Executor):
         self._model = _load_model(model_dir, _dtype(config, self._device), self._device)
         self._num_parameters = self._model.num_parameters()
         self._masks = StepMasks()
-        self._layers = _adapt_layers(self._model, self._masks)
+        self._layers = _adapt_layers(self._model)
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
         self._tails: dict[str, Tail] = {}  # per layer, the largest that a resident adapter needs
         try:
             self._describe(config)
             self._cache = self._allocate_cache(config)
+            self._groups = self._group_layers()
             self._warm_up()
         except KasaError:
             raise
@@ -114,18 +116,25 @@ class TorchExecutor(Executor):
         return self._prepare_residents(adapters, set(self._adapters[slot].modules), None)
 
     def prepare_merge(self, slot: int, tails: TailSource) -> Commit:
-        merged = {}
-        for name, delta in self._adapters[slot].modules.items():
-            weight = self._layers[name].pristine_weight()
-            tail = tails.get(name, delta.t)
-            merged[name] = pack_weight(merged_weight(weight, delta.a, delta.b, tail))
+        modules = self._adapters[slot].modules
+        merged: dict[int, Tensor] = {}  # by group
+        for i, names in enumerate(self._groups):
+            if modules.keys().isdisjoint(names):
+                continue
+            weights = self._layers[names[0]].group.dense(pristine=True)
+            for row, name in enumerate(names):
+                if (delta := modules.get(name)) is not None:
+                    tail = tails.get(name, delta.t)
+                    weights[row] = merged_weight(weights[row], delta.a, delta.b, tail)
+            merged[i] = pack_weight(torch.cat(weights))
 
         def commit() -> None:
-            for name, layer in self._layers.items():
-                if name in merged:
-                    layer.set_merged(merged[name])
+            for i, names in enumerate(self._groups):
+                group = self._layers[names[0]].group
+                if i in merged:
+                    group.set_merged(merged[i])
                 else:
-                    layer.set_pristine()
+                    group.set_pristine()
             self._masks.merged_slot = slot
 
         return commit
@@ -133,7 +142,7 @@ class TorchExecutor(Executor):
     def prepare_unmerge(self) -> Commit:
         def commit() -> None:
             for layer in self._layers.values():
-                layer.set_pristine()
+                layer.group.set_pristine()
             self._masks.merged_slot = NO_SLOT
 
         return commit
@@ -145,26 +154,37 @@ class TorchExecutor(Executor):
 
     def weights(self) -> dict[str, Tensor]:
         """Dense copies of the weights that are served now, by layer. For tests and checks."""
-        return {name: unpack_weight(layer.weight) for name, layer in self._layers.items()}
+        return {
+            name: weight
+            for names in self._groups
+            for name, weight in zip(
+                names, self._layers[names[0]].group.dense(pristine=False), strict=True
+            )
+        }
 
     def _prepare_residents(
         self, adapters: dict[int, AdapterWeights], changed: set[str], tails: TailSource | None
     ) -> Commit:
-        """Stack the factors of the `changed` layers anew for these residents."""
-        factors: dict[str, Factors | None] = {}
-        kept_tails: dict[str, Tail | None] = {}
-        for name in changed:
-            deltas = {s: a.modules[name] for s, a in adapters.items() if name in a.modules}
-            t = max((d.t for d in deltas.values()), default=0)
-            kept_tails[name] = self._tail(name, t, tails)
-            like = self._layers[name].like
-            factors[name] = stack(deltas, kept_tails[name], like) if deltas else None
+        """Stack the factors of the groups with `changed` layers anew for these residents."""
+        affected = [names for names in self._groups if not changed.isdisjoint(names)]
+        held = [self._layers[names[0]].group.factors for names in self._groups]
+        interned = {f.layouts: f.layouts for f in held if f is not None}
+        kept: dict[str, Tail | None] = {}
+        factors: list[Factors | None] = []
+        for names in affected:
+            parts = []
+            for name in names:
+                deltas = {s: a.modules[name] for s, a in adapters.items() if name in a.modules}
+                t = max((d.t for d in deltas.values()), default=0)
+                kept[name] = self._tail(name, t, tails)
+                parts.append((deltas, kept[name]))
+            factors.append(stack(parts, self._layers[names[0]].group.like, interned))
 
         def commit() -> None:
-            for name, value in factors.items():
-                self._layers[name].factors = value
+            for names, value in zip(affected, factors, strict=True):
+                self._layers[names[0]].group.factors = value
             self._adapters = adapters
-            for name, tail in kept_tails.items():
+            for name, tail in kept.items():
                 self._tails.pop(name, None)
                 if tail is not None:
                     self._tails[name] = tail
@@ -219,6 +239,33 @@ class TorchExecutor(Executor):
 
         return KvCache(zeros(), zeros(), config.block_size)
 
+    def _group_layers(self) -> list[tuple[str, ...]]:
+        """Find the layers that share their input, by watching one token pass through the model, and
+        make one matrix of each such group. Returns the groups' layers, all layers being in one."""
+        calls: list[tuple[str, Tensor]] = []
+
+        def watch(name: str, layer: AdaptedLinear) -> RemovableHandle:
+            return layer.register_forward_pre_hook(lambda _, args: calls.append((name, args[0])))
+
+        handles = [watch(name, layer) for name, layer in self._layers.items()]
+        self._probe([0], 0)
+        for handle in handles:
+            handle.remove()
+        groups: list[tuple[str, ...]] = []
+        for (name, x), (before, x_before) in zip(calls, [("", None), *calls], strict=False):
+            if x is x_before and _parent(name) == _parent(before) and name not in groups[-1]:
+                groups[-1] += (name,)
+            else:
+                groups.append((name,))
+        grouped = [name for group in groups for name in group]
+        if len(set(grouped)) < len(grouped):  # a layer is called more than once: no grouping
+            groups = []
+        called = set(grouped) if groups else set()
+        groups += [(name,) for name in self._layers if name not in called]
+        for names in groups:
+            group_layers([self._layers[name] for name in names], self._masks)
+        return groups
+
     def _warm_up(self) -> None:
         """A few tokens in one step, then again in two: the logits agree unless the architecture
         keeps a state, or counts positions, beside what an executor hands it. Such a one fails here
@@ -258,17 +305,20 @@ def _load_model(model_dir: Path, dtype: torch.dtype | str, device: torch.device)
     return model
 
 
-def _adapt_layers(model: nn.Module, masks: StepMasks) -> dict[str, AdaptedLinear]:
+def _adapt_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Replace every linear layer in place; the new ones by path."""
     layers: dict[str, AdaptedLinear] = {}
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-        parent, _, attribute = name.rpartition(".")
-        layers[name] = AdaptedLinear(weight.data, module.bias, masks)
-        setattr(model.get_submodule(parent), attribute, layers[name])
+        layers[name] = AdaptedLinear(weight.data, module.bias)
+        setattr(model.get_submodule(_parent(name)), name.rpartition(".")[2], layers[name])
     return layers
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _device(config: EngineConfig) -> torch.device:
