@@ -32,6 +32,15 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _single_threaded() -> None:
+    set_torch_threads(1)
+
+
+def set_torch_threads(count: int) -> None:
+    """Let the calling thread, and no other, use torch with `count` threads.
+
+    The setting is per thread, but a thread's first use of torch takes over the one that was made
+    last anywhere; hence the first use before the setting."""
     import torch
 
-    torch.set_num_threads(1)  # of this thread alone: both OpenMP's and MKL's setting are per thread
+    torch.get_num_threads()
+    torch.set_num_threads(count)

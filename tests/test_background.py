@@ -20,9 +20,10 @@ async def test_raises_what_the_function_raises() -> None:
 
 async def test_uses_one_torch_thread_and_leaves_the_callers_alone() -> None:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
     try:
-        assert await in_background(torch.get_num_threads) == 1
-        assert torch.get_num_threads() == 2
+        for count in (2, 3):  # whatever is set elsewhere, also after the thread's first use
+            torch.set_num_threads(count)
+            assert await in_background(torch.get_num_threads) == 1
+            assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)

@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kasa_runtime.adapter.kasa import Tail, merged_weight
 from kasa_runtime.adapter.lora import AdapterWeights
+from kasa_runtime.background import set_torch_threads
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.engine.native.adapted_linear import (
     AdaptedLinear,
@@ -66,7 +67,7 @@ class TorchExecutor(Executor):
     def __init__(self, model_dir: Path, config: EngineConfig) -> None:
         self._device = _device(config)
         if self._device.type == "cpu":
-            torch.set_num_threads(config.num_threads)
+            set_torch_threads(config.num_threads)
         AttentionInterface.register(NAME, paged_attention)
         self._model = _load_model(model_dir, _dtype(config, self._device), self._device)
         self._num_parameters = self._model.num_parameters()
