@@ -6,7 +6,6 @@ Both clients make the same `UnaryCall`s; only how they wait for the answer diffe
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -26,6 +25,7 @@ from kasa.v1 import (
 
 from kasa_runtime import errors
 from kasa_runtime import types as t
+from kasa_runtime.errors import reason
 
 CHUNK_BYTES = 2**20
 REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -262,11 +262,6 @@ def _enum(ours: Callable[[str], Result], wire: Any, number: int) -> Any:
 
 
 # Errors
-
-
-def reason(error_type: type[BaseException]) -> str:
-    """`ErrorInfo.reason` of an error class: AdapterNotFound is ADAPTER_NOT_FOUND."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error_type.__name__).upper()
 
 
 def _tree(error_type: type[errors.KasaError]) -> Iterator[type[errors.KasaError]]:

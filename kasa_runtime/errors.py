@@ -26,6 +26,8 @@ gRPC codes.
 
 from __future__ import annotations
 
+import re
+
 
 class KasaError(Exception):
     """Base of all errors of this library."""
@@ -116,3 +118,9 @@ class TrainingError(KasaError):
 
 class DataError(TrainingError):
     """A data file or one of its rows is wrong; the message names file and line."""
+
+
+def reason(error_type: type[BaseException]) -> str:
+    """An error class's name on the wire, `ErrorInfo.reason`: AdapterNotFound is
+    ADAPTER_NOT_FOUND."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error_type.__name__).upper()

@@ -248,8 +248,7 @@ class Runtime:
             resident_adapters=self._manager.resident_names(),
         )
 
-    # --- inside
-    # --------------------------------------------------------------------------------------
+    # --- inside -----------------------------------------------------------------------------------
 
     def _refuse_if_full(self) -> None:
         if self._draining:

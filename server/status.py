@@ -7,7 +7,6 @@ the class again.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 
 from kasa_runtime import errors
+from kasa_runtime.errors import reason
 
 DOMAIN = "kasa.v1"
 
@@ -100,11 +100,6 @@ def to_status(error: BaseException) -> status_pb2.Status:
         case _:
             message = "internal error; the server's log has it under the x-request-id of this call"
             return _status(StatusCode.INTERNAL, message, "INTERNAL", error)
-
-
-def reason(error_type: type[BaseException]) -> str:
-    """`ErrorInfo.reason` of a class: AdapterNotFound is ADAPTER_NOT_FOUND."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error_type.__name__).upper()
 
 
 def _status(

@@ -112,8 +112,7 @@ class AdapterManager:
         self._publishing = asyncio.Lock()
         self._merging = asyncio.Lock()
 
-    # --- the directory
-    # -------------------------------------------------------------------------------
+    # --- the directory ----------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Take in what is there, then go on watching."""
@@ -154,8 +153,7 @@ class AdapterManager:
             return self._quarantined[name]
         return self._live(await self._resolve(name, version))
 
-    # --- use
-    # -----------------------------------------------------------------------------------------
+    # --- use --------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def lease(self, spec: str) -> AsyncIterator[Lease]:
@@ -208,8 +206,7 @@ class AdapterManager:
         """Name -> tier, of what is in the engine."""
         return {key.partition("@")[0]: "slot" for key, r in self._resident.items() if r.ready}
 
-    # --- change
-    # --------------------------------------------------------------------------------------
+    # --- change -----------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def upload(self, manifest: UploadManifest) -> AsyncIterator[Upload]:
@@ -253,8 +250,7 @@ class AdapterManager:
             await in_background(self.store.delete, name)
             await self._drop(name)
 
-    # --- inside
-    # --------------------------------------------------------------------------------------
+    # --- inside -----------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         while True:

@@ -32,7 +32,6 @@ from kasa_runtime.errors import AdapterInvalid, AdapterNotFound, InvalidRequest,
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-VERSION = re.compile(r"[0-9a-f]{4,64}")
 VERSION_DIGITS = 16
 
 

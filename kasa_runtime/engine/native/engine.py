@@ -175,8 +175,7 @@ class NativeEngine(Engine):
             commit = await self._prepare(self._executor.prepare_unmerge)
             await self._between_steps(lambda: self._commit_merge(NO_SLOT, commit))
 
-    # --- step thread
-    # ---------------------------------------------------------------------------------
+    # --- step thread ------------------------------------------------------------------------------
 
     def step(self) -> list[EngineOutput]:
         """One iteration. Step thread only; public so that tests can read it and drive it."""
@@ -289,8 +288,7 @@ class NativeEngine(Engine):
         commit()
         self._merged_slot = slot
 
-    # --- crossing between the threads
-    # ----------------------------------------------------------------
+    # --- crossing between the threads -------------------------------------------------------------
 
     async def _prepare(self, prepare: Callable[..., Commit], *args: object) -> Commit:
         """Run the slow half of a change on another thread."""
