@@ -34,10 +34,14 @@ class LinearShape:
 
 class BaseModel:
     """Names, shapes and weights of the linear layers in a model directory. Raises ModelError
-    throughout."""
+    throughout.
 
-    def __init__(self, directory: Path) -> None:
+    `architecture`: the transformers class that runs it, where it is not the one in config.json, as
+    when an encoder gets a classifier's head."""
+
+    def __init__(self, directory: Path, *, architecture: str = "") -> None:
         self.directory = directory
+        self.architecture = architecture
 
     @cached_property
     def fingerprint(self) -> str:
@@ -46,7 +50,11 @@ class BaseModel:
     @cached_property
     def modules(self) -> dict[str, LinearShape]:
         """Every linear layer, by its path in the transformers model, output embeddings included."""
-        return linear_layers(_meta_model(self.directory))
+        return linear_layers(self._model)
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        return _meta_model(self.directory, self.architecture)
 
     def weight(self, module: str) -> Tensor:
         """The pristine weight (out, in) of a layer, in the dtype in which it is stored."""
@@ -70,9 +78,10 @@ class BaseModel:
         return files
 
     def tensor_key(self, module: str) -> str:
-        """The layer's tensor in the files. Checkpoints of the bare decoder lack the leading
-        "model."; a tied output embedding is stored once, as the input embedding."""
-        candidates = [f"{module}.weight", f"{module.removeprefix('model.')}.weight"]
+        """The layer's tensor in the files. Checkpoints of the bare model lack the leading part
+        ("model.", "bert."); a tied output embedding is stored once, as the input embedding."""
+        prefix = f"{getattr(self._model, 'base_model_prefix', '') or 'model'}."
+        candidates = [f"{module}.weight", f"{module.removeprefix(prefix)}.weight"]
         if module == "lm_head":
             candidates += [key for key in self._files if key.endswith("embed_tokens.weight")]
         for key in candidates:
@@ -95,14 +104,14 @@ def linear_layers(model: nn.Module) -> dict[str, LinearShape]:
     return found
 
 
-def _meta_model(directory: Path) -> nn.Module:
+def _meta_model(directory: Path, architecture: str = "") -> nn.Module:
     import transformers
 
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory}: want a config.json, found none; is it a model directory?")
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
-        name = (config.architectures or [""])[0]
+        name = architecture or (config.architectures or [""])[0]
         model_class = getattr(transformers, name, None)
         with torch.device("meta"):
             if model_class is None:

@@ -46,6 +46,9 @@ CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, META_FILE, CARD_FILE)
 REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
+PREFIX = "base_model.model."
+"""Before every module path in the tensors' names."""
+
 MAX_JSON_BYTES = 1 << 20
 
 _TENSOR = re.compile(
@@ -70,13 +73,18 @@ def read(directory: Path, base: BaseModel) -> Adapter:
             f"({config.base_model_name or 'no name'}), this base is {base.fingerprint[:16]}… "
             f"({base.directory.name}); serve it on the base it was trained on"
         )
+    saved = {
+        name: tensors.pop(key)
+        for key in list(tensors)
+        if config.saves((name := key.removeprefix(PREFIX)).rpartition(".")[0])
+    }
     modules = {
         name: _module_weights(name, parts, config, base)
         for name, parts in _by_module(tensors).items()
     }
     _require_every_target(config, modules, base)
     truncation = {name: _truncation(config, meta, name, base.modules[name]) for name in modules}
-    return Adapter(config, meta, modules, truncation)
+    return Adapter(config, meta, modules, truncation, saved)
 
 
 def write(
@@ -91,11 +99,12 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, weights in sorted(adapter.modules.items()):
-        prefix = f"base_model.model.{name}"
+        prefix = f"{PREFIX}{name}"
         tensors[f"{prefix}.lora_A.weight"] = weights.a
         tensors[f"{prefix}.lora_B.weight"] = weights.b
         if weights.diag is not None:
             tensors[f"{prefix}.lora_diag"] = weights.diag
+    tensors.update({f"{PREFIX}{name}": tensor for name, tensor in adapter.saved.items()})
     payload = save(
         {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}, {"format": "pt"}
     )

@@ -31,8 +31,8 @@ _IGNORED = {
 }  # fmt: skip
 _UNDERSTOOD = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "kasa_config",
-    "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules",
-    "use_rslora",
+    "layers_to_transform", "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern",
+    "target_modules", "use_rslora",
 }  # fmt: skip
 # Initialisations after which the adapter belongs to a base whose weights they rewrote.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -55,6 +55,7 @@ class AdapterConfig:
     lora_dropout: float = 0.0
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
+    modules_to_save: tuple[str, ...] = ()  # trained whole: ends of module paths
     base_model_name: str = ""
     task_type: str = "CAUSAL_LM"
 
@@ -69,12 +70,18 @@ class AdapterConfig:
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would adapt a layer of this path."""
+        if self.saves(module):
+            return False
         if _matches(self.exclude_modules, module) or not _matches(self.target_modules, module):
             return False
         if not self.layers_to_transform:
             return True
         index = regex.search(r"\.(?:layers|h|blocks?)\.(\d+)\.", f".{module}.")
         return index is not None and int(index[1]) in self.layers_to_transform
+
+    def saves(self, module: str) -> bool:
+        """Whether the module at this path, or one that it is in, was trained whole."""
+        return any(f".{name}." in f".{module}." for name in self.modules_to_save)
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,7 @@ def parse_config(raw: Mapping[str, Any], *, has_diagonal: bool) -> AdapterConfig
         lora_dropout=_number(raw.get("lora_dropout") or 0.0, "lora_dropout"),
         exclude_modules=_names(raw.get("exclude_modules") or (), "exclude_modules"),
         layers_to_transform=_layer_indices(raw.get("layers_to_transform")),
+        modules_to_save=tuple(_names(raw.get("modules_to_save") or (), "modules_to_save")),
         base_model_name=str(raw.get("base_model_name_or_path") or ""),
         task_type=str(raw.get("task_type") or "CAUSAL_LM"),
     )  # fmt: skip
@@ -189,7 +197,7 @@ def config_json(config: AdapterConfig, *, peft_can_serve: bool) -> str:
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(config.modules_to_save) or None,
         "use_dora": False,
         "kasa_config": {"beta": config.beta, "gamma": config.gamma} if kasa else None,
     }

@@ -31,12 +31,14 @@ class ModuleWeights:
 @dataclass(frozen=True)
 class Adapter:
     """An adapter as it lies on disk. `truncation` holds t of every layer, the rule already applied
-    to its shape."""
+    to its shape; `saved` the tensors of modules that were trained whole, such as a classifier's
+    head, by their names in the model."""
 
     config: AdapterConfig
     meta: AdapterMeta
     modules: Mapping[str, ModuleWeights]
     truncation: Mapping[str, int] = field(default_factory=dict)
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def method(self) -> AdapterMethod:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kasa_runtime.training.config import RunConfig
+from kasa_runtime.training.config import MethodSection, RunConfig
 from kasa_runtime.training.export import base_name
 from kasa_runtime.types import AdapterMethod
 
@@ -105,7 +105,7 @@ def _training(config: RunConfig, facts: Facts) -> str:
     ]
     if method.kind is AdapterMethod.KASA:
         lines += [
-            f"truncation: rule {method.truncation_rule}, rank {method.t}",
+            f"truncation: rule {method.truncation_rule}, rank {_rank(method)}",
             f"beta = {method.beta:g}, gamma = {method.gamma:g}, form {method.ortho_form}, "
             f"{method.reg_reduction} over modules",
         ]
@@ -118,6 +118,10 @@ def _training(config: RunConfig, facts: Facts) -> str:
     ]
     listed = "\n".join(f"- {line}" for line in lines)
     return f"## Training\n\n    {command_line(config)}\n\n{listed}"
+
+
+def _rank(method: MethodSection) -> int:
+    return method.r if method.truncation_rank is None else method.truncation_rank
 
 
 def _data(config: RunConfig, facts: Facts) -> str:

@@ -6,18 +6,20 @@ The files are written and read by `adapter.checkpoint`, as a server reads them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from kasa_runtime.adapter.config import AdapterConfig, AdapterMeta
+from kasa_runtime.adapter.config import AdapterMeta
 from kasa_runtime.adapter.kasa import TruncationRule
 from kasa_runtime.adapter.lora import Adapter, ModuleWeights
 from kasa_runtime.errors import AdapterInvalid
-from kasa_runtime.training.config import ALL_LINEAR, RunConfig
-from kasa_runtime.training.layers import KasaLinear
-from kasa_runtime.types import AdapterMethod
+from kasa_runtime.training.config import RunConfig
+from kasa_runtime.training.layers import KasaLinear, adapter_config
 
 
 def to_adapter(
@@ -26,59 +28,69 @@ def to_adapter(
     *,
     base_fingerprint: str,
     summary: Mapping[str, Any],
+    task_type: str = "CAUSAL_LM",
+    saved: Mapping[str, Tensor] = MappingProxyType({}),
+    start: Adapter | None = None,
 ) -> Adapter:
-    """The adapter that `layers` are, with `summary` as the account of its training."""
+    """The adapter that `layers` are, with `summary` as the account of its training. `saved`: the
+    tensors of modules that were trained whole, by their names in the model. `start`: the adapter
+    that this one goes on from."""
     method = config.method
-    kasa = method.kind is AdapterMethod.KASA
-    modules = {
-        path: ModuleWeights(
-            layer.lora_A.detach().cpu(),
-            layer.lora_B.detach().cpu(),
-            None if layer.lora_diag is None else layer.lora_diag.detach().cpu(),
-        )
-        for path, layer in layers.items()
-    }
-    adapter_config = AdapterConfig(
-        r=method.r,
-        lora_alpha=method.alpha,
-        target_modules=_target_modules(method.target_modules),
-        method=method.kind,
-        use_rslora=method.use_rslora,
+    modules = {path: _weights(layer, as_kasa=method.is_kasa) for path, layer in layers.items()}
+    shape = start.config if start else adapter_config(method)
+    adapter = replace(
+        shape,
         beta=method.beta,
         gamma=method.gamma,
         lora_dropout=method.dropout,
         base_model_name=base_name(config),
+        task_type=task_type,
+        modules_to_save=tuple(sorted({name.rpartition(".")[0] for name in saved})),
     )
-    meta = AdapterMeta(
-        truncation_rule=method.truncation_rule if kasa else TruncationRule.NONE,
-        truncation_rank=method.t if kasa else None,
+    meta = replace(
+        start.meta if start else _meta(config),
         ortho_form=method.ortho_form.value,
         reg_reduction=method.reg_reduction.value,
         base_fingerprint=base_fingerprint,
         training=dict(summary),
     )
     truncation = {path: layer.truncation_rank for path, layer in layers.items()}
-    return Adapter(adapter_config, meta, modules, truncation)
+    return Adapter(adapter, meta, modules, truncation, saved)
 
 
-def load_into(layers: Mapping[str, KasaLinear], adapter: Adapter) -> None:
-    """Give `layers` the weights of `adapter`, made for the same modules and r."""
+def _meta(config: RunConfig) -> AdapterMeta:
+    method = config.method
+    if not method.is_kasa:
+        return AdapterMeta(TruncationRule.NONE)
+    return AdapterMeta(method.truncation_rule, method.truncation_rank)
+
+
+def _weights(layer: KasaLinear, *, as_kasa: bool) -> ModuleWeights:
+    """A KaSA layer without learnable singular values has all ones, which is the same update."""
+    diag: Tensor | None = layer.lora_diag
+    if diag is None and as_kasa:
+        diag = torch.ones(layer.r)
+    return ModuleWeights(
+        layer.lora_A.detach().cpu(),
+        layer.lora_B.detach().cpu(),
+        None if diag is None else diag.detach().cpu(),
+    )
+
+
+def load_into(model: nn.Module, layers: Mapping[str, KasaLinear], adapter: Adapter) -> None:
+    """Give `layers` of `model` the weights of `adapter`, made for the same modules and r, and the
+    modules that it saved whole theirs."""
     if layers.keys() != adapter.modules.keys():
         raise AdapterInvalid("the adapter was made for other modules than the ones to load it into")
+    for path, layer in layers.items():
+        layer.load(adapter.modules[path])
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for path, layer in layers.items():
-            weights = adapter.modules[path]
-            layer.lora_A.copy_(weights.a)
-            layer.lora_B.copy_(weights.b)
-            if layer.lora_diag is not None and weights.diag is not None:
-                layer.lora_diag.copy_(weights.diag)
+        for name, tensor in adapter.saved.items():
+            parameters[name].copy_(tensor)
 
 
 def base_name(config: RunConfig) -> str:
     """The base model's name; of a local directory only the last part, which names no machine."""
     name = config.model.name
     return Path(name).name if Path(name).expanduser().exists() else name
-
-
-def _target_modules(names: tuple[str, ...]) -> str | tuple[str, ...]:
-    return ALL_LINEAR if names == (ALL_LINEAR,) else names

@@ -1,29 +1,34 @@
 """The KaSA objective: L = L1 + beta * L2 + gamma * L3 (arXiv 2412.06071, Eq. 9-12).
 
-Legend, per adapted module: A (r, in), d (r,), B (out, r). L1 is the task loss and is the trainer's.
-All of this file is float32, whatever the dtype of the base.
+Legend, per adapted module: A (r, in), d (r,), B (out, r). L1 is the task loss and is the task's.
+All of this file is float32, whatever the dtype of the base (float64 where the factors are).
 
     L2 = sum_j d_j^2                             its singular values, were A and B orthonormal
     L3 = ||B^T B - I||_F + ||A A^T - I||_F       how far A and B are from that
 
-Two deviations among the published implementations are options: `OrthoForm` and `RegReduction`.
+Where the published implementations differ, the forms are options: `OrthoForm`, `RegReduction`.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 
 class OrthoForm(StrEnum):
-    """The form of L3."""
+    """How A and B are kept near orthonormal rows and columns: the form of L3, or none."""
 
-    GRAM_R = "gram_r"  # Frobenius norm of the (r, r) Gram matrices: PEFT
+    GRAM_R = "gram_r"  # Frobenius norm of the (r, r) Gram matrices less I: paper, PEFT
     GRAM_N = "gram_n"  # of A^T A - I_in and B B^T - I_out: the authors' code
     GRAM_R_SQ = "gram_r_sq"  # gram_r, squared
+    QR = "qr"  # no L3: made orthonormal again after each step, by QR
+    NONE = "none"
 
 
 class RegReduction(StrEnum):
@@ -41,44 +46,87 @@ class Factors(Protocol):
     lora_diag: torch.nn.Parameter | None
 
 
+@dataclass(frozen=True, slots=True)
+class Defects:
+    """||F F^T - I_r||_F^2 of the factors of each module, F = A and F = B^T: (num_modules,) each.
+    Zero for orthonormal ones."""
+
+    a: Tensor
+    b: Tensor
+    a_excess: Tensor  # in - r of each module, for the n x n form
+    b_excess: Tensor  # out - r
+
+    def loss(self, form: OrthoForm, reduction: RegReduction) -> Tensor:
+        """L3, a scalar; 0 for a form that has no L3."""
+        if form in (OrthoForm.NONE, OrthoForm.QR):
+            return self.a.new_zeros(())
+        parts = _distance(self.a, self.a_excess, form) + _distance(self.b, self.b_excess, form)
+        return _reduce(parts, reduction)
+
+
 def singular_value_loss(
     modules: Iterable[Factors], reduction: RegReduction = RegReduction.MEAN
-) -> torch.Tensor:
-    """L2 over `modules`, a scalar. All modules have the same r."""
-    diagonals: list[torch.Tensor] = [m.lora_diag for m in modules if m.lora_diag is not None]
-    squared = torch.stack(diagonals).float().square()  # (N, r)
-    return _reduce(squared.sum(dim=1), reduction)
+) -> Tensor:
+    """L2 over those of `modules` that have a diagonal, a scalar. r may differ between modules."""
+    diagonals: list[Tensor] = [m.lora_diag for m in modules if m.lora_diag is not None]
+    if not diagonals:
+        return torch.zeros(())
+    values = torch.cat(diagonals)  # (sum of r,)
+    total = _wide(values).square().sum()
+    return total / len(diagonals) if reduction is RegReduction.MEAN else total
 
 
 def orthogonality_loss(
     modules: Sequence[Factors],
     form: OrthoForm = OrthoForm.GRAM_R,
     reduction: RegReduction = RegReduction.MEAN,
-) -> torch.Tensor:
-    """L3 over `modules`, a scalar. All modules have the same r."""
-    left = [module.lora_B.float().T for module in modules]  # (r, out) each
-    right = [module.lora_A.float() for module in modules]  # (r, in) each
-    return _reduce(_distances(left, form) + _distances(right, form), reduction)
+) -> Tensor:
+    """L3 over `modules`, a scalar. r may differ between modules."""
+    return defects(modules).loss(form, reduction)
 
 
-def _distances(factors: Sequence[torch.Tensor], form: OrthoForm) -> torch.Tensor:
-    """Per factor F (r, n): the distance of its rows from orthonormal ones. Returns (N,).
+def defects(modules: Sequence[Factors]) -> Defects:
+    """How far the factors of each module are from orthonormal; differentiable."""
+    left = [module.lora_B.T for module in modules]  # (r, out) each
+    right = [module.lora_A for module in modules]  # (r, in) each
+    return Defects(_defects(right), _defects(left), _excess(right), _excess(left))
 
-    ||F^T F - I_n||_F^2 = ||F F^T - I_r||_F^2 + (n - r), so the n x n form never needs an n x n
-    matrix.
-    """
-    grams = torch.stack([factor @ factor.T for factor in factors])  # (N, r, r)
-    r = grams.shape[-1]
-    residual = grams - torch.eye(r, device=grams.device)
-    if form is OrthoForm.GRAM_R:
-        norms: torch.Tensor = torch.linalg.matrix_norm(residual)
-        return norms
-    squared = residual.square().sum(dim=(1, 2))
+
+def _defects(factors: Sequence[Tensor]) -> Tensor:
+    """||F F^T - I||_F^2 of each F (r, n): (len(factors),). Never an n x n matrix; factors of one
+    shape share one batched product."""
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, factor in enumerate(factors):
+        groups[tuple(factor.shape)].append(index)
+    order = [index for group in groups.values() for index in group]
+    squared = torch.cat([_group_defects([factors[i] for i in g]) for g in groups.values()])
+    return squared[torch.tensor(order, device=squared.device).argsort()]
+
+
+def _group_defects(factors: Sequence[Tensor]) -> Tensor:
+    f = _wide(torch.stack(list(factors)))  # (N, r, n)
+    gram = f @ f.mT  # (N, r, n) @ (N, n, r) -> (N, r, r)
+    return (gram - torch.eye(gram.shape[-1]).to(gram)).square().sum(dim=(1, 2))
+
+
+def _excess(factors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([f.shape[1] - f.shape[0] for f in factors], device=factors[0].device)
+
+
+def _distance(squared: Tensor, excess: Tensor, form: OrthoForm) -> Tensor:
+    """||F^T F - I_n||_F^2 = ||F F^T - I_r||_F^2 + (n - r) gives the n x n form."""
     if form is OrthoForm.GRAM_R_SQ:
         return squared
-    excess = torch.tensor([factor.shape[1] - r for factor in factors], device=grams.device)
-    return torch.sqrt(squared + excess)
+    if form is OrthoForm.GRAM_N:
+        return torch.sqrt(squared + excess)
+    # The norm has a cusp at orthonormality, where a gradient of 0 is as good as any.
+    cusp = squared == 0
+    return torch.where(cusp, 0.0, torch.sqrt(torch.where(cusp, 1.0, squared)))
 
 
-def _reduce(values: torch.Tensor, reduction: RegReduction) -> torch.Tensor:
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
+def _reduce(values: Tensor, reduction: RegReduction) -> Tensor:
     return values.mean() if reduction is RegReduction.MEAN else values.sum()

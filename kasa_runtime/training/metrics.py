@@ -1,7 +1,8 @@
-"""Metrics of generated text, each a percentage, by the name that `[eval] metrics` uses.
+"""Metrics by the names that `[eval] metrics` uses, each a percentage: of generated texts, of
+predicted labels, of predicted numbers.
 
-Predictions and references are compared without surrounding white space. `bleu` needs sacrebleu and
-`rouge_l` needs rouge-score: the extra `train`.
+Texts are compared without surrounding white space. `bleu` needs sacrebleu, `rouge_l` rouge-score
+and the metrics of labels scikit-learn: the extra `train`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
+
+import numpy as np
+import scipy.stats
 
 from kasa_runtime.errors import ConfigError
 
@@ -67,13 +71,16 @@ def rouge_l(predictions: Sequence[str], references: References) -> float:
     return 100 * sum(best) / len(best)
 
 
-METRICS: dict[str, Callable[[Sequence[str], References], float]] = {
+TEXT_METRICS: dict[str, Callable[[Sequence[str], References], float]] = {
     "exact_match": exact_match,
     "intent_accuracy": intent_accuracy,
     "slot_f1": slot_f1,
     "bleu": bleu,
     "rouge_l": rouge_l,
 }
+
+LABEL_METRICS = ("accuracy", "f1", "matthews")
+NUMBER_METRICS = ("pearson", "spearman", "mse")
 
 _STRUCTURE = re.compile(r"(?P<intent>\w+)\((?P<slots>.*)\)", re.DOTALL)
 
@@ -97,9 +104,9 @@ def check_metrics(names: Sequence[str]) -> None:
     """Fail before training, not after it. Raises ConfigError for an unknown metric or a missing
     package."""
     for name in names:
-        if name not in METRICS:
+        if name not in TEXT_METRICS:
             raise ConfigError(
-                f"[eval] metrics: unknown metric {name!r}; known: {', '.join(METRICS)}"
+                f"[eval] metrics: unknown metric {name!r}; known: {', '.join(TEXT_METRICS)}"
             )
     if "bleu" in names:
         _extra("sacrebleu")
@@ -111,7 +118,37 @@ def score(
     names: Sequence[str], predictions: Sequence[str], references: References
 ) -> dict[str, float]:
     """The named metrics, in percent, rounded to two places."""
-    return {name: round(METRICS[name](predictions, references), 2) for name in names}
+    return {name: round(TEXT_METRICS[name](predictions, references), 2) for name in names}
+
+
+def label_score(
+    names: Sequence[str], predicted: Sequence[int], wanted: Sequence[int], num_labels: int
+) -> dict[str, float]:
+    """The named metrics of class indices, in percent. F1 is that of the last of two labels, and the
+    mean over labels where there are more."""
+    metrics = _extra("sklearn.metrics")
+    f1 = {"average": "binary"} if num_labels == 2 else {"average": "macro"}
+    scores: dict[str, Callable[[], Any]] = {
+        "accuracy": lambda: metrics.accuracy_score(wanted, predicted),
+        "f1": lambda: metrics.f1_score(wanted, predicted, zero_division=0, **f1),
+        "matthews": lambda: metrics.matthews_corrcoef(wanted, predicted),
+    }
+    return {name: round(100 * float(scores[name]()), 2) for name in names}
+
+
+def number_score(
+    names: Sequence[str], predicted: Sequence[float], wanted: Sequence[float]
+) -> dict[str, float]:
+    """The named metrics of numbers: correlations in percent (0 where one side is constant), and the
+    mean squared error as it is."""
+    x, y = np.asarray(predicted, float), np.asarray(wanted, float)
+    constant = bool(np.ptp(x) == 0 or np.ptp(y) == 0)
+    scores: dict[str, Callable[[], Any]] = {
+        "pearson": lambda: 0.0 if constant else 100 * scipy.stats.pearsonr(x, y).statistic,
+        "spearman": lambda: 0.0 if constant else 100 * scipy.stats.spearmanr(x, y).statistic,
+        "mse": lambda: np.mean((x - y) ** 2),
+    }
+    return {name: round(float(scores[name]()), 4) for name in names}
 
 
 def _extra(module: str) -> Any:

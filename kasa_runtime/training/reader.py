@@ -6,6 +6,7 @@ a path given with `--set` is relative to the working directory, as on any comman
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -19,14 +20,17 @@ from typing import Any
 
 from kasa_runtime.errors import ConfigError
 from kasa_runtime.training.config import (
+    PRESETS,
     DataSection,
     EvalSection,
     MethodSection,
     ModelSection,
     OutputSection,
+    Preset,
     RunConfig,
     TrainSection,
 )
+from kasa_runtime.training.rows import DATASETS_PREFIX
 
 _SECTIONS: dict[str, type[Any]] = {
     "model": ModelSection,
@@ -52,6 +56,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not valid TOML ({error})") from error
     tables = _tables(path, document)
     overridden = _apply_overrides(tables, overrides)
+    _apply_preset(tables)
     sections = {
         name: _SectionReader(path, name, cls, overridden).read(tables.get(name, {}))
         for name, cls in _SECTIONS.items()
@@ -89,6 +94,14 @@ def _apply_overrides(
     return overridden
 
 
+def _apply_preset(tables: dict[str, dict[str, Any]]) -> None:
+    """Fill in what `[method] preset` says and the file does not; a name that is no preset is left
+    to the section's own check."""
+    method = tables.get("method", {})
+    with contextlib.suppress(ValueError):
+        tables["method"] = {**PRESETS[Preset(method.get("preset", "none"))], **method}
+
+
 def _toml_value(text: str) -> Any:
     """A TOML value, or the text itself: quotes around a word are a nuisance on a command line."""
     try:
@@ -119,7 +132,8 @@ class _SectionReader:
             if key not in fields:
                 raise self._error(f"unknown key {key!r}{_near(key, fields)}")
         for name, item in fields.items():
-            if item.default is dataclasses.MISSING and name not in table:
+            required = item.default is item.default_factory is dataclasses.MISSING
+            if required and name not in table:
                 raise self._error(f"needs the key {name!r}")
         values = {key: self._convert(key, hints[key], value) for key, value in table.items()}
         for key, value in values.items():
@@ -127,13 +141,20 @@ class _SectionReader:
         return self.cls(**values)
 
     def _convert(self, key: str, hint: Any, value: Any) -> Any:
-        if isinstance(hint, types.UnionType):  # `X | None`: None is a default, never written
-            hint = next(x for x in typing.get_args(hint) if x is not type(None))
+        if isinstance(hint, types.UnionType):  # None is a default, never written
+            kinds = [x for x in typing.get_args(hint) if x is not type(None)]
+            if Path in kinds and str(value).startswith(DATASETS_PREFIX):
+                return value
+            if str in kinds and Path not in kinds and isinstance(value, str):
+                return value
+            hint = kinds[-1] if Path not in kinds else Path
         if hint is Path and isinstance(value, str):
             given = (self.section, key) in self.overridden
             return (Path.cwd() if given else self.path.parent) / Path(value).expanduser()
         if typing.get_origin(hint) is tuple:
             return self._strings(key, value)
+        if typing.get_origin(hint) is Mapping:
+            return self._table(key, typing.get_args(hint)[1], value)
         if issubclass(hint, StrEnum):
             return self._member(key, hint, value)
         if hint is float and type(value) is int:
@@ -147,6 +168,14 @@ class _SectionReader:
         if not isinstance(values, list) or not all(isinstance(x, str) and x for x in values):
             raise self._wrong(key, "a list of strings", value)
         return tuple(values)
+
+    def _table(self, key: str, kind: type, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self._wrong(key, "a table", value)
+        for name, number in value.items():
+            if type(number) not in (int, kind) or not 0 < number < math.inf:
+                raise self._wrong(f"{key}.{name}", "a number above 0", number)
+        return {name: kind(number) for name, number in value.items()}
 
     def _member(self, key: str, hint: type[StrEnum], value: Any) -> StrEnum:
         try:

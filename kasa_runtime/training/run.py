@@ -1,4 +1,4 @@
-"""A whole training run: base model and data -> baselines -> training -> adapter directory ->
+"""A whole training run: data and base model -> baselines -> training -> adapter directory ->
 metrics.
 
 `train` is the path to read; each step is a function below it.
@@ -9,173 +9,190 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, set_seed
 
 from kasa_runtime.adapter import checkpoint
+from kasa_runtime.adapter.base import BaseModel
+from kasa_runtime.adapter.lora import Adapter
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.base_model.source import resolve
-from kasa_runtime.errors import ModelError, TrainingError
+from kasa_runtime.errors import AdapterError, ConfigError
+from kasa_runtime.training import checkpoints
+from kasa_runtime.training.base import TORCH_DTYPES, load_model, load_tokenizer, tails_of
 from kasa_runtime.training.card import Facts, render
-from kasa_runtime.training.config import Dtype, RunConfig
-from kasa_runtime.training.data import Examples, Row, encode, read_rows, shuffled
-from kasa_runtime.training.evaluate import Evaluator, Outcome
+from kasa_runtime.training.config import RunConfig
+from kasa_runtime.training.examples import Examples
 from kasa_runtime.training.export import load_into, to_adapter
-from kasa_runtime.training.layers import KasaLinear, attach
-from kasa_runtime.training.metrics import check_metrics
+from kasa_runtime.training.journal import Journal
+from kasa_runtime.training.layers import KasaLinear, attach, plan
 from kasa_runtime.training.progress import ProgressCallback, counting
-from kasa_runtime.training.trainer import KasaTrainer
+from kasa_runtime.training.report import write_report
+from kasa_runtime.training.rows import Row, read_rows, sample, shuffled
+from kasa_runtime.training.tasks import make_task
+from kasa_runtime.training.tasks.base import Outcome, Task
+from kasa_runtime.training.trainer import KasaTrainer, trainable
 
-TORCH_DTYPES = {
-    Dtype.FLOAT32: torch.float32,
-    Dtype.BFLOAT16: torch.bfloat16,
-    Dtype.FLOAT16: torch.float16,
-}
-
-ZERO_SHOT = "base, zero-shot"
 ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
-    """The base model of a run."""
-
-    directory: Path
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    tails: TailCache
-
-
-@dataclass(frozen=True, slots=True)
 class Datasets:
-    """The data of a run. `train_rows` are shuffled; `evaluator` is None without a test file."""
+    """The rows of a run, all of them readable. `train_rows` are shuffled; `test` is a sample of
+    `num_test_rows` rows."""
 
     train_rows: list[Row]
     train: Examples
-    held_out: Examples | None
-    evaluator: Evaluator | None
+    held_out: list[Row]
+    test: list[Row]
     num_test_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base model of a run. `start` is the adapter that the run goes on from."""
+
+    directory: Path
+    model: PreTrainedModel
+    tails: TailCache
+    start: Adapter | None
 
 
 def train(config: RunConfig, console: Console) -> Facts:
     """Run `config` and write the adapter to its output directory. Raises KasaError."""
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    check_metrics(config.eval.metrics)
-    set_seed(config.train.seed)
-    base = load_base(config)
-    data = load_data(config, base.tokenizer)
+    if not PartialState().is_main_process:
+        console = Console(quiet=True)
+    task = make_task(config)
+    directory = resolve(config.model.name)
+    data = load_data(config, task, directory)
     console.print(f"data: {data.train.describe()}")
-    outcomes = measure_base(config, base, data, console)
-    layers = attach(base.model, config.method, tails=base.tails.get, seed=config.train.seed)
-    num_parameters = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
+    base, config = load_base(config, task, directory)
+    plan(base.model, config.method, exclude=task.trained_whole, start=base.start)
+    outcomes = measure_base(task, base, data, console)
+    layers = attach_layers(config, task, base)
+    num_parameters = sum(p.numel() for p in trainable(base.model).values())
     console.print(f"training {num_parameters:,} parameters in {len(layers)} layers")
-    training = optimise(config, base, data, layers, console)
-    write(config, base, layers, training)
-    outcomes |= measure_adapter(config, base, data, layers, console)
-    facts = _facts(config, data, layers, outcomes, training)
-    write(config, base, layers, training, facts)
+    training = optimise(config, task, base, data, layers, console)
+    write(config, task, base, layers, training)
+    outcomes |= measure_adapter(config, task, base, data, layers, console)
+    facts = _facts(task, data, layers, outcomes, training)
+    write(config, task, base, layers, training, facts)
     _write_results(config, facts, outcomes)
     return facts
 
 
-def load_base(config: RunConfig) -> Base:
-    """Find, fetch if need be, and load the base model."""
-    directory = resolve(config.model.name)
-    dtype = TORCH_DTYPES[config.model.dtype]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory}: cannot be loaded for training ({error})") from error
-    return Base(directory, model, tokenizer, TailCache.for_model(directory))
-
-
-def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Datasets:
-    """Read and encode all files before anything slow is done with them."""
+def load_data(config: RunConfig, task: Task, directory: Path) -> Datasets:
+    """Read and encode all rows before anything slow is done with them."""
     data, seed = config.data, config.train.seed
-    train_rows = shuffled(read_rows(data.train), seed=seed, limit=data.limit)
-    held_out = encode(read_rows(data.eval), data, tokenizer) if data.eval else None
-    evaluator, num_test_rows = None, 0
-    if data.test and config.eval.metrics:
-        rows = read_rows(data.test)
-        evaluator = Evaluator(data, config.eval, tokenizer, rows, seed=seed)
-        num_test_rows = len(rows)
-    return Datasets(
-        train_rows, encode(train_rows, data, tokenizer), held_out, evaluator, num_test_rows
+    sources = {"train": data.train, "eval": data.eval, "test": data.test}
+    rows = {name: read_rows(s, data.columns) for name, s in sources.items() if s}
+    train_rows = shuffled(rows["train"], seed=seed, limit=data.limit)
+    task.prepare(load_tokenizer(directory), rows["train"])
+    held_out = rows.get("eval", [])
+    all_test = rows.get("test", []) if config.eval.metrics else []
+    test = sample(all_test, config.eval.rows, seed=seed)
+    for checked in (held_out, test):
+        if checked:
+            task.encode(checked)
+    return Datasets(train_rows, task.encode(train_rows), held_out, test, len(all_test))
+
+
+def load_base(config: RunConfig, task: Task, directory: Path) -> tuple[Base, RunConfig]:
+    """The base model, and `config` with the shape of the adapter that it goes on from."""
+    set_seed(config.train.seed)  # a new head is drawn here
+    model = load_model(directory, config.model, task)
+    tails = tails_of(directory, model, config.model)
+    start = None
+    if config.method.init_from:
+        try:
+            start = checkpoint.read(config.method.init_from, tails.base)
+        except AdapterError as error:
+            raise ConfigError(f"[method] init_from: {config.method.init_from}: {error}") from error
+        config = replace(config, method=replace(config.method, kind=start.method))
+    return Base(directory, model, tails, start), config
+
+
+def attach_layers(config: RunConfig, task: Task, base: Base) -> dict[str, KasaLinear]:
+    """Put the trained layers into the model, and make its new head trainable."""
+    layers = attach(
+        base.model,
+        config.method,
+        tails=base.tails.get,
+        seed=config.train.seed,
+        exclude=task.trained_whole,
+        start=base.start,
     )
+    for name in task.trained_whole:
+        base.model.get_submodule(name).requires_grad_(True)
+    if base.start:
+        load_into(base.model, layers, base.start)
+    return layers
 
 
-def measure_base(
-    config: RunConfig, base: Base, data: Datasets, console: Console
-) -> dict[str, Outcome]:
+def measure_base(task: Task, base: Base, data: Datasets, console: Console) -> dict[str, Outcome]:
     """The baselines, before the model is changed."""
-    if data.evaluator is None or not config.eval.baselines:
+    if not data.test or not task.config.eval.baselines:
         return {}
-    with counting(console, ZERO_SHOT) as report:
-        outcomes = {ZERO_SHOT: data.evaluator.zero_shot(base.model, report)}
-    if config.eval.few_shot:
-        name = f"base, {config.eval.few_shot}-shot"
-        with counting(console, name) as report:
-            outcomes[name] = data.evaluator.few_shot(base.model, data.train_rows, report)
-    return outcomes
+    return task.measure_base(
+        base.model, data.test, data.train_rows, lambda name: counting(console, name)
+    )
 
 
 def measure_adapter(
     config: RunConfig,
+    task: Task,
     base: Base,
     data: Datasets,
     layers: Mapping[str, KasaLinear],
     console: Console,
 ) -> dict[str, Outcome]:
     """The metrics of what was written, not of what was in memory: storing it rounds."""
-    load_into(layers, checkpoint.read(config.output.dir, base.tails.base))
-    if data.evaluator is None:
+    PartialState().wait_for_everyone()
+    load_into(base.model, layers, checkpoint.read(config.output.dir, base.tails.base))
+    if not data.test:
         return {}
     with counting(console, ADAPTER) as report:
-        return {ADAPTER: data.evaluator.adapter(base.model, report)}
+        return {ADAPTER: task.measure(base.model, data.test, report)}
 
 
 def optimise(
     config: RunConfig,
+    task: Task,
     base: Base,
     data: Datasets,
     layers: Mapping[str, KasaLinear],
     console: Console,
 ) -> dict[str, Any]:
     """Train `layers`; returns the summary that goes into the sidecar."""
-    callback = ProgressCallback(console)
+    progress, journal = ProgressCallback(console), Journal(config.work_dir, layers)
     trainer = KasaTrainer(
         base.model,
         config,
+        task,
         list(layers.values()),
         train=data.train,
-        evaluation=data.held_out,
-        pad_id=base.tokenizer.eos_token_id,
-        callback=callback,
+        held_out=data.held_out,
+        callbacks=[progress, journal],
     )
     started = time.perf_counter()
-    with _quiet_end(callback):
-        trainer.train(resume_from_checkpoint=_checkpoint(config))
-    losses = {name: callback.last[name] for name in ("L1", "L2", "L3") if name in callback.last}
+    with _stopping(progress):
+        trainer.train(resume_from_checkpoint=_checkpoint(config, console))
+    if trainer.state.is_world_process_zero:
+        write_report(config.work_dir, title=config.name)
+    losses = {name: progress.last[name] for name in ("L1", "L2", "L3") if name in progress.last}
     return {
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - started, 1),
-        "rows": len(data.train),
+        "rows": data.train.num_rows,
         "tokens": data.train.num_tokens,
         "losses": {name: round(value, 5) for name, value in losses.items()},
         **{
@@ -186,61 +203,76 @@ def optimise(
 
 
 @contextlib.contextmanager
-def _quiet_end(callback: ProgressCallback) -> Iterator[None]:
+def _stopping(progress: ProgressCallback) -> Iterator[None]:
     try:
         yield
     finally:
-        callback.stop()
+        progress.stop()
 
 
-def _checkpoint(config: RunConfig) -> str | None:
+def _checkpoint(config: RunConfig, console: Console) -> str | None:
+    """The newest whole checkpoint where one is wanted."""
     if not config.train.resume:
         return None
-    found: str | None = None
-    if config.work_dir.is_dir():
-        found = get_last_checkpoint(str(config.work_dir))
+    found = checkpoints.newest(config.work_dir)
     if found is None:
-        raise TrainingError(
-            f"{config.work_dir}: no checkpoint to resume from; set train.save_steps"
-        )
-    return found
+        console.print(f"{config.work_dir}: no checkpoint yet, starting at the first step")
+        return None
+    return str(found)
 
 
 def write(
     config: RunConfig,
+    task: Task,
     base: Base,
     layers: Mapping[str, KasaLinear],
     training: Mapping[str, Any],
     facts: Facts | None = None,
 ) -> None:
     """Write the adapter directory; with `facts` also its model card."""
+    if not PartialState().is_main_process:
+        return
     summary = dict(training)
     if facts:
         summary["metrics"] = {way: dict(values) for way, values in facts.metrics.items()}
     adapter = to_adapter(
-        config, layers, base_fingerprint=base.tails.base.fingerprint, summary=summary
+        config,
+        layers,
+        base_fingerprint=BaseModel(base.directory).fingerprint,
+        summary=summary,
+        task_type=task.task_type,
+        saved=saved_whole(base.model, task.trained_whole),
+        start=base.start,
     )
     readme = render(config, facts) if facts else None
     dtype = TORCH_DTYPES[config.output.dtype]
     checkpoint.write(config.output.dir, adapter, dtype=dtype, readme=readme)
 
 
+def saved_whole(model: PreTrainedModel, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The tensors of the modules `names`, by their names in the model."""
+    return {
+        f"{name}.{key}": tensor.detach().cpu()
+        for name in names
+        for key, tensor in model.get_submodule(name).state_dict().items()
+    }
+
+
 def _facts(
-    config: RunConfig,
+    task: Task,
     data: Datasets,
     layers: Mapping[str, KasaLinear],
     outcomes: Mapping[str, Outcome],
     training: Mapping[str, Any],
 ) -> Facts:
     example = None
-    if data.evaluator and ADAPTER in outcomes:
-        prompt = data.evaluator.rows[0].render(config.data.prompt)
-        example = (prompt, outcomes[ADAPTER].predictions[0])
+    if ADAPTER in outcomes and outcomes[ADAPTER].predictions:
+        example = (task.question(data.test[0]), outcomes[ADAPTER].predictions[0])
     return Facts(
-        num_train_rows=len(data.train),
+        num_train_rows=data.train.num_rows,
         num_train_tokens=data.train.num_tokens,
         num_too_long=data.train.num_too_long,
-        num_test_rows=len(data.evaluator.rows) if data.evaluator else 0,
+        num_test_rows=len(data.test),
         num_all_test_rows=data.num_test_rows,
         num_steps=training["steps"],
         train_seconds=training["seconds"],
@@ -254,9 +286,11 @@ def _facts(
 
 def _write_results(config: RunConfig, facts: Facts, outcomes: Mapping[str, Outcome]) -> None:
     """Everything that was measured, with all predictions, for a look at what went wrong."""
+    if not PartialState().is_main_process:
+        return
     results = {
         "facts": asdict(facts),
-        "predictions": {way: outcome.predictions for way, outcome in outcomes.items()},
+        "predictions": {way: list(outcome.predictions) for way, outcome in outcomes.items()},
     }
     config.work_dir.mkdir(parents=True, exist_ok=True)
     path = config.work_dir / "results.json"

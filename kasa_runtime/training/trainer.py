@@ -1,32 +1,38 @@
-"""transformers' Trainer around the KaSA objective: its loss, its log and its checkpoints are ours,
-all else is theirs.
+"""transformers' Trainer around the KaSA objective: its loss, its log, its order of rows and its
+checkpoints are ours, all else is theirs.
 
 A checkpoint holds what is trained and the optimiser's state, never the frozen base.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback
 
 from kasa_runtime.errors import TrainingError
-from kasa_runtime.training.config import MethodSection, RunConfig, Schedule
-from kasa_runtime.training.data import IGNORED, Collator, Examples
+from kasa_runtime.training.config import Dtype, MethodSection, RunConfig, Schedule
+from kasa_runtime.training.examples import IGNORED, Collator, Examples
+from kasa_runtime.training.initialisation import retract
 from kasa_runtime.training.layers import KasaLinear
-from kasa_runtime.training.loss import orthogonality_loss, singular_value_loss
-from kasa_runtime.types import AdapterMethod
+from kasa_runtime.training.loss import OrthoForm, defects, singular_value_loss
+from kasa_runtime.training.rows import Row
+from kasa_runtime.training.tasks.base import Task
 
 CHECKPOINT_FILE = "trainable.safetensors"
+
+LOWER_IS_BETTER = ("loss", "perplexity")
 
 _SCHEDULES = {
     Schedule.COSINE: "cosine",
@@ -36,35 +42,50 @@ _SCHEDULES = {
 
 
 class KasaTrainer(Trainer):
-    """Trains the `layers` that were attached to `model`."""
+    """Trains whatever parameters of `model` require a gradient, for `task`. `layers` are those that
+    L2 and L3 are of; there may be none."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         config: RunConfig,
+        task: Task,
         layers: Sequence[KasaLinear],
         *,
         train: Examples,
-        evaluation: Examples | None,
-        pad_id: int,
-        callback: TrainerCallback,
+        held_out: Sequence[Row] = (),
+        callbacks: Sequence[TrainerCallback] = (),
+        extra_loss: Callable[[], Tensor] | None = None,
     ) -> None:
         super().__init__(
             model=model,
-            args=training_arguments(config, num_rows=len(train)),
-            data_collator=Collator(pad_id),
+            args=training_arguments(config, num_examples=len(train), evaluates=bool(held_out)),
+            data_collator=Collator(task.pad_id),
             train_dataset=train,
-            eval_dataset=evaluation,
-            callbacks=[callback],
+            eval_dataset=Examples([], num_rows=0) if held_out else None,
+            callbacks=[*callbacks, *_method_callbacks(config.method, layers)],
         )
         self.remove_callback(PrinterCallback)
         self.base = model  # `self.model` may become a wrapper
-        self.head: nn.Module = model.get_output_embeddings()
-        self.method = config.method
-        self.layers = layers
-        self.loss_is_scaled_for_ga = False  # ours is a mean per batch
-        self._terms: dict[str, float] = defaultdict(float)
+        self.task, self.method, self.layers = task, config.method, layers
+        self.held_out_rows = held_out
+        self.extra_loss = extra_loss
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by what is in all micro-batches
+        self._num_micro_batches = 1
+        self._terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._logged_step = 0
+        self._num_tokens = 0
         self._since = time.perf_counter()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of one step, and the number of labelled tokens (or rows) in them on all
+        devices: L1 is a mean over these, so that accumulation and devices do not change it."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._num_micro_batches = max(1, len(batches))
+        count = torch.tensor(sum(_num_items(batch) for batch in batches), device=device)
+        return batches, self.accelerator.gather(count).sum()
 
     def compute_loss(
         self,
@@ -73,55 +94,99 @@ class KasaTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """L = L1 + beta * L2 + gamma * L3. Raises TrainingError where it is not finite."""
-        terms = {"L1": task_loss(model, self.head, inputs), **penalties(self.layers, self.method)}
+        """This micro-batch's part of L = L1 + beta * L2 + gamma * L3. Raises TrainingError where it
+        is not finite."""
+        batch = self.task.loss(model, inputs)
+        num_items = int(num_items_in_batch) if num_items_in_batch is not None else batch.count
+        # Gradients are averaged over devices afterwards, hence the number of devices.
+        terms = {"L1": batch.total * (self.accelerator.num_processes / max(1, num_items))}
+        share = 1 / self._num_micro_batches
+        terms |= {name: value * share for name, value in self._penalties().items()}
         loss = terms["L1"]
         if "L2" in terms:
             loss = loss + self.method.beta * terms["L2"] + self.method.gamma * terms["L3"]
-        values = {name: term.item() for name, term in terms.items()}
-        self._check_finite({"loss": loss.item(), **values})
-        for name, value in values.items():
-            self._terms[name] += value
-        self._terms["batches"] += 1
-        self._terms["tokens"] += int(inputs["attention_mask"].sum())
+        if self.extra_loss:
+            loss = loss + share * self.extra_loss()
+        self._check_finite(loss, terms)
+        for name, value in terms.items():
+            self._terms[name] = self._terms[name] + value.detach().cpu()
+        self._num_tokens += _num_tokens(inputs)
         return (loss, {}) if return_outputs else loss
 
-    def _check_finite(self, values: dict[str, float]) -> None:
-        if any(value != value or abs(value) == float("inf") for value in values.values()):
-            shown = ", ".join(f"{name} = {value:g}" for name, value in values.items())
+    def _penalties(self) -> dict[str, Tensor]:
+        """L2 and L3 before their coefficients, and the defects that L3 is of, as means over
+        modules; nothing for plain LoRA. A term of coefficient 0 is measured all the same."""
+        if not self.layers or not self.method.is_kasa:
+            return {}
+        measured = defects(self.layers)
+        form, reduction = self.method.ortho_form, self.method.reg_reduction
+        return {
+            "L2": singular_value_loss(self.layers, reduction),
+            "L3": measured.loss(form, reduction),
+            "defect_A": measured.a.detach().sqrt().mean(),
+            "defect_B": measured.b.detach().sqrt().mean(),
+        }
+
+    def _check_finite(self, loss: Tensor, terms: Mapping[str, Tensor]) -> None:
+        if not math.isfinite(loss.item()):
+            shown = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
             raise TrainingError(
                 f"step {self.state.global_step}: the loss is not finite ({shown}); lower [train] "
                 f"learning_rate (now {self.args.learning_rate:g}) or use model.dtype = float32"
             )
 
-    def prediction_step(
+    def evaluate(
         self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
+        eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, None, None]:
-        """L1 alone: penalties say nothing about held-out rows."""
-        with torch.no_grad():
-            inputs = self._prepare_inputs(inputs)
-            return task_loss(model, self.head, inputs).detach(), None, None
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """What the task measures on the held-out rows, on every device the same. L1 alone:
+        penalties say nothing about them."""
+        measured = self.task.held_out(self.base, self.held_out_rows)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.log(metrics)
+        self._since = time.perf_counter()
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the loss's terms, and tokens per second, since the last log."""
-        batches = self._terms.pop("batches", 0)
-        if "loss" in logs and batches:
-            logs["tokens_per_s"] = self._terms.pop("tokens") / (time.perf_counter() - self._since)
-            logs |= {name: value / batches for name, value in self._terms.items()}
+        steps = self.state.global_step - self._logged_step
+        if "loss" in logs and self._terms and steps > 0:
+            mean = self._over_devices({k: v / steps for k, v in self._terms.items()})
+            seconds = time.perf_counter() - self._since
+            tokens = self._num_tokens * self.accelerator.num_processes
+            logs |= mean | {"tokens_per_s": tokens / seconds}
             self._terms.clear()
-            self._since = time.perf_counter()
+            self._num_tokens, self._since = 0, time.perf_counter()
+            self._logged_step = self.state.global_step
         super().log(logs, start_time)
+
+    def _over_devices(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
+        values = torch.stack(list(terms.values())).to(self.args.device)[None]
+        means = self.accelerator.gather(values).mean(dim=0).tolist()
+        return dict(zip(terms, means, strict=True))
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        assert isinstance(self.train_dataset, Examples)
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochOrder(self.train_dataset, group=group, seed=self.args.seed)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
+        parameters = trainable(self.base)
+        if bad := [name for name, value in parameters.items() if not value.isfinite().all()]:
+            raise TrainingError(
+                f"step {self.state.global_step}: {bad[0]} is not finite, so this step is not "
+                f"saved; lower [train] learning_rate (now {self.args.learning_rate:g})"
+            )
         directory = Path(output_dir or self.args.output_dir or ".")
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(trainable(self.base), directory / CHECKPOINT_FILE)
+        save_file(parameters, directory / CHECKPOINT_FILE)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -138,41 +203,79 @@ class KasaTrainer(Trainer):
             parameter.copy_(saved[name])
 
 
+class EpochOrder(Sampler[int]):
+    """Rows in an order that depends on the seed and the epoch alone, so a resumed run sees what an
+    unbroken one would. Rows of like length stand together, in groups of `group` rows that are
+    shuffled, the longest first: a batch that does not fit fails at once."""
+
+    def __init__(self, examples: Examples, *, group: int, seed: int) -> None:
+        self.lengths = [len(example) for example in examples.examples]
+        self.group, self.seed, self.epoch = group, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        span = self.group * _GROUPS_SORTED_TOGETHER
+        spans = [order[start : start + span] for start in range(0, len(order), span)]
+        by_length = [i for s in spans for i in sorted(s, key=lambda i: -self.lengths[i])]
+        groups = [by_length[i : i + self.group] for i in range(0, len(by_length), self.group)]
+        whole = [g for g in groups if len(g) == self.group]
+        rest = [g for g in groups if len(g) < self.group]
+        shuffle = torch.randperm(len(whole), generator=generator).tolist()
+        longest = max(range(len(whole)), key=lambda g: self.lengths[whole[g][0]], default=0)
+        first = [whole[longest]] if whole else []
+        others = [whole[g] for g in shuffle if g != longest]
+        return iter([i for g in [*first, *others, *rest] for i in g])
+
+
+_GROUPS_SORTED_TOGETHER = 50
+
+
+class _Retraction(TrainerCallback):
+    """`ortho_form = qr`: A's rows and B's columns are orthonormal again after each step."""
+
+    def __init__(self, layers: Sequence[KasaLinear]) -> None:
+        self.layers = layers
+
+    @torch.no_grad()
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for layer in self.layers:
+            layer.lora_A.copy_(retract(layer.lora_A))
+            layer.lora_B.copy_(retract(layer.lora_B.T).T)
+
+
+def _method_callbacks(method: MethodSection, layers: Sequence[KasaLinear]) -> list[TrainerCallback]:
+    return [_Retraction(layers)] if method.ortho_form is OrthoForm.QR and layers else []
+
+
+def _num_items(batch: Mapping[str, Tensor]) -> int:
+    labels = batch["labels"]
+    return int((labels[:, 1:] != IGNORED).sum()) if labels.ndim == 2 else len(labels)
+
+
+def _num_tokens(inputs: Mapping[str, Tensor]) -> int:
+    mask = inputs.get("attention_mask")
+    return int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+
+
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The trained parameters by name, detached, sharing memory."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def task_loss(model: nn.Module, head: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """L1: mean cross-entropy over the completion tokens of a batch, in float32.
-
-    Only those positions enter `head`, the output embeddings: with a large vocabulary they cost as
-    much as many layers. The hook leaves the model's own forward, with any scaling of its logits, as
-    it is."""
-    targets = inputs["labels"][:, 1:]
-    keep = targets != IGNORED  # (batch, length - 1)
-    with head.register_forward_pre_hook(lambda _, args: (args[0][:, :-1][keep],)):
-        logits = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        ).logits  # (num completion tokens, vocabulary)
-    return functional.cross_entropy(logits.float(), targets[keep])
-
-
-def penalties(layers: Sequence[KasaLinear], method: MethodSection) -> dict[str, Tensor]:
-    """L2 and L3 before their coefficients; nothing for plain LoRA. A term of coefficient 0 is
-    measured all the same."""
-    if method.kind is AdapterMethod.LORA:
-        return {}
-    return {
-        "L2": singular_value_loss(layers, method.reg_reduction),
-        "L3": orthogonality_loss(layers, method.ortho_form, method.reg_reduction),
-    }
-
-
-def training_arguments(config: RunConfig, *, num_rows: int) -> TrainingArguments:
+def training_arguments(
+    config: RunConfig, *, num_examples: int, evaluates: bool = False
+) -> TrainingArguments:
     """Our `[train]` in transformers' terms."""
     train = config.train
-    steps = train.max_steps or num_steps(config, num_rows)
+    steps = train.max_steps or num_steps(config, num_examples)
+    by_steps = "steps" if train.eval_steps else "epoch"
     return TrainingArguments(
         output_dir=str(config.work_dir),
         per_device_train_batch_size=train.batch_size,
@@ -184,26 +287,29 @@ def training_arguments(config: RunConfig, *, num_rows: int) -> TrainingArguments
         warmup_steps=round(steps * train.warmup_ratio),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=train.seed,
+        fp16=config.model.dtype is Dtype.FLOAT16,
         logging_steps=train.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps" if train.save_steps else "no",
         save_steps=train.save_steps or 500,
-        save_total_limit=2,
-        eval_strategy="steps" if train.eval_steps and config.data.eval else "no",
+        eval_strategy=by_steps if evaluates else "no",
         eval_steps=train.eval_steps or None,
-        train_sampling_strategy="group_by_length",
+        metric_for_best_model=train.best_metric or None,
+        greater_is_better=train.best_metric not in LOWER_IS_BETTER,
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
-        report_to="none",
+        report_to=["tensorboard"] if is_tensorboard_available() else "none",
     )  # fmt: skip
 
 
-def num_steps(config: RunConfig, num_rows: int) -> int:
-    """Optimiser steps that `epochs` passes over the rows take."""
-    per_epoch = -(-num_rows // (config.train.batch_size * config.train.accumulation))
+def num_steps(config: RunConfig, num_examples: int) -> int:
+    """Optimiser steps that `epochs` passes over the examples take on one device."""
+    per_epoch = -(-num_examples // (config.train.batch_size * config.train.accumulation))
     return max(1, round(config.train.epochs * per_epoch))

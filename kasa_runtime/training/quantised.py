@@ -1,0 +1,57 @@
+"""A base that is held in 4 bits by bitsandbytes: how it is loaded, and the tails of what the codes
+stand for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+from kasa_runtime.adapter.base import BaseModel
+from kasa_runtime.errors import ConfigError
+from kasa_runtime.training.config import ModelSection
+
+
+def quantisation(settings: ModelSection) -> dict[str, Any]:
+    """What `from_pretrained` needs. Raises ConfigError without bitsandbytes."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"[model] quantization = {settings.quantization} needs bitsandbytes; pip install "
+            "'kasa-runtime[quantized]'"
+        ) from error
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.quantization.value,
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype.value),
+    )
+    return {"quantization_config": config}
+
+
+class QuantisedBase(BaseModel):
+    """A base whose weights are those of a quantised model in memory: the tail is cut from what the
+    model computes with. Its tails are kept apart from those of the files."""
+
+    def __init__(self, base: BaseModel, model: nn.Module, settings: ModelSection) -> None:
+        super().__init__(base.directory, architecture=base.architecture)
+        self.model, self.suffix = model, settings.quantization.value
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint}-{self.suffix}"
+
+    def weight(self, module: str) -> Tensor:
+        return dense_weight(self.model.get_submodule(module))
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """What the codes of a quantised layer stand for, (out, in)."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    parameter: Any = linear.weight
+    weight: Tensor = dequantize_4bit(parameter.data, parameter.quant_state)
+    return weight
