@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "Send a prompt to a running server.",
     "adapters": "List, upload, merge and otherwise manage adapters of a running server.",
     "train": "Train an adapter from a run.toml.",
+    "experiment": "Compare ways to train over several seeds.",
     "model": "Fetch, inspect and prepare base models.",
 }
 

@@ -1,0 +1,2 @@
+"""The paper's questions, asked again: grids of short runs over several seeds, their tables and
+plots."""
