@@ -19,7 +19,8 @@ from kasa_runtime.adapter.kasa import TruncationRule
 from kasa_runtime.adapter.lora import Adapter, ModuleWeights
 from kasa_runtime.errors import AdapterInvalid
 from kasa_runtime.training.config import RunConfig
-from kasa_runtime.training.layers import KasaLinear, adapter_config
+from kasa_runtime.training.layers import KasaLinear
+from kasa_runtime.training.targets import adapter_config
 
 
 def to_adapter(

@@ -13,20 +13,18 @@ and B are float32 and their products have the base's dtype.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from kasa_runtime.adapter.config import AdapterConfig
-from kasa_runtime.adapter.kasa import Tail, truncation_count
+from kasa_runtime.adapter.kasa import Tail
 from kasa_runtime.adapter.lora import Adapter, ModuleWeights
-from kasa_runtime.errors import AdapterInvalid, ConfigError
-from kasa_runtime.training.config import ALL_LINEAR, MethodSection
+from kasa_runtime.training.config import MethodSection
 from kasa_runtime.training.initialisation import (
     DiagInit,
     first_diagonal,
@@ -34,7 +32,7 @@ from kasa_runtime.training.initialisation import (
     orthonormal_rows,
 )
 from kasa_runtime.training.loss import OrthoForm
-from kasa_runtime.types import AdapterMethod
+from kasa_runtime.training.targets import is_quantised, layer_shape, plan
 
 TailSource = Callable[[str, int], Tail]
 """The tail of rank t of the module at a path: `TailCache.get`."""
@@ -46,6 +44,11 @@ class KasaLinear(nn.Module):
     Takes over the weight of `linear` (an nn.Linear, transformers' Conv1D, or a quantised linear
     layer): it makes the truncated copy in float32, rounds it once to the weight's dtype, and keeps
     no reference to the untruncated one. A quantised layer stays as it is, beside its tail."""
+
+    weight: Tensor | None  # W_world (out, in); None beside a quantised layer
+    bias: Tensor | None
+    tail_p: Tensor | None  # P (out, t) and Q (t, in), beside a quantised layer only
+    tail_q: Tensor | None
 
     def __init__(
         self,
@@ -61,22 +64,19 @@ class KasaLinear(nn.Module):
         self.r, self.scaling, self.dropout = r, scale, dropout
         self.truncation_rank = tail.rank if tail else 0
         out_features, in_features = layer_shape(linear)
-        device = next(linear.parameters()).device
-        quantised = is_quantised(linear)
+        device, quantised = next(linear.parameters()).device, is_quantised(linear)
         self.quantised = linear if quantised else None
-        # W_world (out, in) and the bias; or, beside a quantised layer, the tail (out, t), (t, in).
-        self.weight = self._frozen_tensor("weight", None if quantised else _world(linear, tail))
-        self.bias = self._frozen_tensor("bias", None if quantised else _bias(linear))
-        beside = tail if quantised and tail and tail.rank else None
-        self.tail_p = self._frozen_tensor("tail_p", beside.p.to(device) if beside else None)
-        self.tail_q = self._frozen_tensor("tail_q", beside.q.to(device) if beside else None)
+        weight, bias, p, q = None, None, None, None
+        if not quantised:
+            weight, bias = _world(linear, tail), _bias(linear)
+        elif tail and tail.rank:
+            p, q = tail.p.to(device), tail.q.to(device)
+        for name, frozen in {"weight": weight, "bias": bias, "tail_p": p, "tail_q": q}.items():
+            self.register_buffer(name, frozen, persistent=False)
         self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
         self.lora_diag = nn.Parameter(torch.ones(r, device=device)) if diag else None
-
-    def _frozen_tensor(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        self.register_buffer(name, tensor, persistent=False)
-        return tensor
+        self.train(linear.training)
 
     def reset(
         self,
@@ -87,8 +87,8 @@ class KasaLinear(nn.Module):
         tail: Tail | None = None,
     ) -> None:
         """The first values. A uniform in ±1/sqrt(in), d by `diag_init`, B zero, so training starts
-        at W_world; where d is zero, B is random like A. `orthonormal`: A and B start so instead.
-        `tail` (rank r) is for `DiagInit.TAIL`."""
+        at W_world; where d is zero, B is random like A. `orthonormal`: random A and B have
+        orthonormal rows and columns. `tail` (rank r) is for `DiagInit.TAIL`."""
         (r, into), out_of = self.lora_A.shape, self.lora_B.shape[0]
         draw = orthonormal_rows if orthonormal else kaiming_uniform
         with torch.no_grad():
@@ -110,42 +110,73 @@ class KasaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        y = self._frozen(x)
-        if self.dropout:
-            x = functional.dropout(x, self.dropout, self.training)
-        # s diag(d) goes into B: r * out products here instead of one per token, and in float32.
-        up = self.lora_B * (
-            self.scaling if self.lora_diag is None else self.scaling * self.lora_diag
+        if self.weight is None:
+            return self._beside_quantised(x)
+        rows = x.reshape(-1, x.shape[-1]).to(self.weight.dtype)
+        dropped = self._dropped(rows) if self.dropout and self.training else None
+        down, up = self.lora_A.to(rows.dtype), self._up().to(rows.dtype)
+        y: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
+            rows, dropped, self.weight, self.bias, down, up
         )
-        hidden = functional.linear(x, self.lora_A.to(x.dtype))  # (..., in) -> (..., r)
-        rows = torch.addmm(
-            y.reshape(-1, y.shape[-1]),
-            hidden.reshape(-1, self.r).to(y.dtype),
-            up.to(y.dtype).T,  # (tokens, r) @ (r, out), added to y in one pass
-        )
-        return rows.view(y.shape)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _frozen(self, x: Tensor) -> Tensor:
-        """W_world x + bias"""
-        if self.quantised is None:
-            assert self.weight is not None
-            return functional.linear(x, self.weight, self.bias)
+    def _beside_quantised(self, x: Tensor) -> Tensor:
+        assert self.quantised is not None
         y: Tensor = self.quantised(x)
+        down, up = self.lora_A.to(x.dtype), self._up().to(x.dtype)
+        y = y + functional.linear(functional.linear(self._dropped(x), down), up)
         if self.tail_p is None or self.tail_q is None:
             return y
-        return y - functional.linear(
-            functional.linear(x, self.tail_q.to(x.dtype)), self.tail_p.to(x.dtype)
-        )
+        p, q = self.tail_p.to(x.dtype), self.tail_q.to(x.dtype)
+        return y - functional.linear(functional.linear(x, q), p)
+
+    def _up(self) -> Tensor:
+        """s * B diag(d): r * out products here instead of one per token, and in float32."""
+        d = self.scaling if self.lora_diag is None else self.scaling * self.lora_diag
+        return self.lora_B * d
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.dropout, self.training)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerPlan:
-    """What one layer becomes."""
+class _Adapted(torch.autograd.Function):
+    """y = x W^T + bias + (z A^T) U^T with z = x or dropout(x), U (out, r) = s B diag(d), W and bias
+    frozen.
 
-    path: str
-    r: int
-    scaling: float
-    t: int  # components that are cut off, the rule already applied to the layer's shape
+    Both low-rank products are added in place, that of y here and that of dL/dx in `backward`:
+    autograd alone would make tensors of their size and add them in passes of their own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (tokens, in)
+        dropped: Tensor | None,  # z; None: x
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,  # A
+        up: Tensor,  # U
+    ) -> Tensor:
+        z = x if dropped is None else dropped
+        hidden = z @ down.T  # (tokens, in) @ (in, r) -> (tokens, r)
+        ctx.save_for_backward(z, hidden, weight, down, up)
+        ctx.has_dropout = dropped is not None
+        y = functional.linear(x, weight, bias)  # (tokens, in) @ (in, out) -> (tokens, out)
+        return y.addmm_(hidden, up.T)  # (tokens, r) @ (r, out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, hidden, weight, down, up = ctx.saved_tensors
+        needs_x, needs_dropped = ctx.needs_input_grad[:2]
+        d_hidden = dy @ up  # (tokens, out) @ (out, r) -> (tokens, r)
+        dx = dy @ weight if needs_x else None  # (tokens, out) @ (out, in) -> (tokens, in)
+        dz = None
+        if ctx.has_dropout:
+            dz = d_hidden @ down if needs_dropped else None  # (tokens, r) @ (r, in)
+        elif dx is not None:
+            dx.addmm_(d_hidden, down)
+        # (r, tokens) @ (tokens, in) and (out, tokens) @ (tokens, r)
+        return dx, dz, None, None, d_hidden.T @ z, dy.T @ hidden
 
 
 def attach(
@@ -157,140 +188,35 @@ def attach(
     exclude: Collection[str] = (),
     start: Adapter | None = None,
 ) -> dict[str, KasaLinear]:
-    """Replace the targeted linear layers of `model`, freeze all else, and return the new layers by
-    path. `exclude`: paths that are never adapted, such as a trained head. `start`: the adapter to
-    go on from, which then says the layers' shape instead of `method`.
-
-    Raises ConfigError where nothing matches or a rank does not fit."""
+    """Replace the layers of `model` that `plan` names, freeze all else, and return the new layers
+    by path. They begin with the values of `start`, or else of `seed`. Raises ConfigError, with the
+    model as it was."""
     plans = plan(model, method, exclude=exclude, start=start)
     generator = torch.Generator().manual_seed(seed)
-    qr = method.ortho_form is OrthoForm.QR
     model.requires_grad_(False)
     layers = {}
     for item in plans:
-        linear = model.get_submodule(item.path)
-        tail = tails(item.path, item.t) if item.t else None
-        diag = start.modules[item.path].diag is not None if start else has_diagonal(method)
         layer = KasaLinear(
-            linear, item.r, item.scaling, tail=tail, diag=diag, dropout=method.dropout
+            model.get_submodule(item.path),
+            item.r,
+            item.scaling,
+            tail=tails(item.path, item.t) if item.t else None,
+            diag=item.diag,
+            dropout=method.dropout,
         )
         if start:
             layer.load(start.modules[item.path])
         else:
-            of = tails(item.path, item.r) if method.diag_init is DiagInit.TAIL else None
-            layer.reset(generator, diag_init=method.diag_init, orthonormal=qr, tail=of)
+            by_tail = item.diag and method.diag_init is DiagInit.TAIL
+            layer.reset(
+                generator,
+                diag_init=method.diag_init,
+                orthonormal=method.is_kasa and method.ortho_form is OrthoForm.QR,
+                tail=tails(item.path, item.r) if by_tail else None,
+            )
         model.set_submodule(item.path, layer)
         layers[item.path] = layer
     return layers
-
-
-def has_diagonal(method: MethodSection) -> bool:
-    return method.is_kasa and method.diag
-
-
-def plan(
-    model: nn.Module,
-    method: MethodSection,
-    *,
-    exclude: Collection[str] = (),
-    start: Adapter | None = None,
-) -> list[LayerPlan]:
-    """The layers that training will adapt, in the model's order. Changes nothing; raises
-    ConfigError."""
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if is_linear(module) and name not in exclude
-    }
-    if start:
-        return _plan_of(start, linears)
-    config = adapter_config(method)
-    try:
-        return [
-            _plan_layer(path, linears[path], method, config)
-            for path in select(model, linears, method.target_modules)
-        ]
-    except AdapterInvalid as error:  # a pattern that is no regular expression
-        raise ConfigError(f"[method] {str(error).removeprefix('adapter_config.json: ')}") from error
-
-
-def adapter_config(method: MethodSection) -> AdapterConfig:
-    """`[method]` as the adapter's own configuration, whose rules for names and patterns are
-    PEFT's."""
-    return AdapterConfig(
-        r=method.r,
-        lora_alpha=method.alpha,
-        target_modules=method.target_modules,
-        method=AdapterMethod.KASA if method.is_kasa else AdapterMethod.LORA,
-        rank_pattern=method.rank_pattern,
-        alpha_pattern=method.alpha_pattern,
-        use_rslora=method.use_rslora,
-        beta=method.beta,
-        gamma=method.gamma,
-        lora_dropout=method.dropout,
-    )
-
-
-def select(
-    model: nn.Module, linears: Iterable[str], target_modules: str | tuple[str, ...]
-) -> list[str]:
-    """Those of `linears` that `target_modules` names; "all-linear" leaves out the output
-    embeddings. Raises ConfigError for a name that matches none, with names near it."""
-    names = list(linears)
-    if target_modules == ALL_LINEAR:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        return [name for name in names if model.get_submodule(name) is not head]
-    targets = [target_modules] if isinstance(target_modules, str) else target_modules
-    chosen: set[str] = set()
-    for target in targets:
-        one = target if isinstance(target_modules, str) else (target,)
-        config = AdapterConfig(r=1, lora_alpha=1, target_modules=one)
-        matches = {name for name in names if config.targets(name)}
-        if not matches:
-            raise ConfigError(
-                f"[method] target_modules: no linear layer matches {target!r}{_near(target, names)}"
-            )
-        chosen |= matches
-    return [name for name in names if name in chosen]
-
-
-def _near(target: str, names: Iterable[str]) -> str:
-    known = sorted({name.rpartition(".")[2] for name in names})
-    if near := difflib.get_close_matches(target, known, n=3, cutoff=0.5):
-        return f"; near it: {', '.join(near)}; all names: {', '.join(known)}"
-    return f"; names of linear layers: {', '.join(known)}"
-
-
-def _plan_of(start: Adapter, linears: Mapping[str, nn.Module]) -> list[LayerPlan]:
-    if missing := sorted(start.modules.keys() - linears.keys()):
-        raise ConfigError(f"[method] init_from: the model has no linear layer {missing[0]}")
-    return [
-        LayerPlan(
-            path,
-            start.modules[path].a.shape[0],
-            start.config.scaling_of(path),
-            start.truncation.get(path, 0),
-        )
-        for path in linears
-        if path in start.modules
-    ]
-
-
-def _plan_layer(
-    path: str, linear: nn.Module, method: MethodSection, config: AdapterConfig
-) -> LayerPlan:
-    shape = layer_shape(linear)
-    r = config.rank_of(path)
-    t = r if method.truncation_rank is None else method.truncation_rank
-    if not method.is_kasa:
-        t = 0
-    if max(r, t) >= min(shape):
-        raise ConfigError(
-            f"[method] r and truncation_rank must be below {min(shape)}, the smaller side of "
-            f"{path}, got {max(r, t)}; lower it, or give this layer another r in rank_pattern"
-        )
-    cut = truncation_count(method.truncation_rule, t, *shape) if method.is_kasa else 0
-    return LayerPlan(path, r, config.scaling_of(path), cut)
 
 
 def truncated(weight: Tensor, tail: Tail | None) -> Tensor:
@@ -298,11 +224,9 @@ def truncated(weight: Tensor, tail: Tail | None) -> Tensor:
     tail."""
     if tail is None or not tail.rank:
         return weight
-    p, q = tail.p.to(weight.device), tail.q.to(weight.device)
     wide = weight if weight.dtype is torch.float64 else weight.float()
-    return torch.addmm(wide, p.to(wide), q.to(wide), alpha=-1.0).to(
-        weight.dtype
-    )  # (out,t) @ (t,in)
+    p, q = tail.p.to(wide), tail.q.to(wide)
+    return torch.addmm(wide, p, q, alpha=-1.0).to(weight.dtype)  # (out, t) @ (t, in)
 
 
 def _world(linear: nn.Module, tail: Tail | None) -> Tensor:
@@ -315,21 +239,3 @@ def _world(linear: nn.Module, tail: Tail | None) -> Tensor:
 def _bias(linear: nn.Module) -> Tensor | None:
     bias: Tensor | None = getattr(linear, "bias", None)
     return None if bias is None else bias.detach()
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is one that can be adapted."""
-    return isinstance(module, nn.Linear | Conv1D) or is_quantised(module)
-
-
-def is_quantised(module: nn.Module) -> bool:
-    """Whether a module holds its weight as bitsandbytes' 4-bit codes."""
-    return type(module).__name__ == "Linear4bit"
-
-
-def layer_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of a layer that `is_linear`."""
-    if isinstance(linear, Conv1D):
-        in_features, out_features = linear.weight.shape
-        return out_features, in_features
-    return linear.out_features, linear.in_features  # type: ignore[return-value]

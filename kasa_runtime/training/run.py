@@ -32,10 +32,11 @@ from kasa_runtime.training.config import RunConfig
 from kasa_runtime.training.examples import Examples
 from kasa_runtime.training.export import load_into, to_adapter
 from kasa_runtime.training.journal import Journal
-from kasa_runtime.training.layers import KasaLinear, attach, plan
+from kasa_runtime.training.layers import KasaLinear, attach
 from kasa_runtime.training.progress import ProgressCallback, counting
 from kasa_runtime.training.report import write_report
 from kasa_runtime.training.rows import Row, read_rows, sample, shuffled
+from kasa_runtime.training.targets import plan
 from kasa_runtime.training.tasks import make_task
 from kasa_runtime.training.tasks.base import Outcome, Task
 from kasa_runtime.training.trainer import KasaTrainer, trainable

@@ -251,7 +251,8 @@ class _Retraction(TrainerCallback):
 
 
 def _method_callbacks(method: MethodSection, layers: Sequence[KasaLinear]) -> list[TrainerCallback]:
-    return [_Retraction(layers)] if method.ortho_form is OrthoForm.QR and layers else []
+    retracts = method.is_kasa and method.ortho_form is OrthoForm.QR
+    return [_Retraction(layers)] if retracts and layers else []
 
 
 def _num_items(batch: Mapping[str, Tensor]) -> int:
