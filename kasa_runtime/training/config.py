@@ -54,6 +54,11 @@ class TaskKind(StrEnum):
     CLASSIFICATION = "classification"  # an encoder with a trained head, one of `labels`
     REGRESSION = "regression"  # an encoder with a trained head, a number
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the model gets a new head, which is trained whole."""
+        return self in (TaskKind.CLASSIFICATION, TaskKind.REGRESSION)
+
 
 class Preset(StrEnum):
     """Published forms of the method; each is a set of defaults of `[method]`."""
@@ -109,7 +114,8 @@ class ModelSection:
 class DataSection:
     """`[data]`: where the rows are, and what is made of a row.
 
-    A source is a file (.jsonl, .csv, .tsv, .parquet) or "datasets:NAME[:CONFIG]:SPLIT". Templates
+    A source is a file (.jsonl, .json, .csv, .tsv, .parquet), or "datasets:NAME[:CONFIG]:SPLIT" with
+    whatever the package `datasets` can load; SPLIT may be a part, such as train[:1000]. Templates
     name columns in braces."""
 
     train: Path | str
@@ -145,7 +151,7 @@ class MethodSection:
     alpha: float = _number(16.0, above=0)
     # A list: ends of module paths. A text: a regular expression for whole paths, or "all-linear".
     target_modules: str | tuple[str, ...] = ALL_LINEAR
-    # r and alpha of single layers: regular expressions for the ends of their paths, as in PEFT.
+    # r and alpha of single layers, by regular expressions for the ends of their paths, as in PEFT.
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     dropout: float = _number(0.0, low=0, below=1)

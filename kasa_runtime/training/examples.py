@@ -88,7 +88,7 @@ def _joined(group: Sequence[Example]) -> Example:
     for example in group:
         assert isinstance(example.labels, tuple)
         ids += example.input_ids
-        labels += example.labels
+        labels += (IGNORED, *example.labels[1:])  # what stands before it is another example's
         positions += range(len(example))
     return Example(tuple(ids), tuple(labels), tuple(positions))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.inference_mode()
@@ -25,20 +26,21 @@ def generate(
     model.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
     texts = [""] * len(prompts)
-    ends = [tokenizer.eos_token_id]
+    ends = _ends(model, tokenizer)
     if stop_at_newline:
         ends += tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.eos_token_id,
+    )
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = _left_padded([prompts[index] for index in indices], tokenizer.eos_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        output: Any = model.generate(  # type: ignore[operator]
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=tokenizer.eos_token_id,
-        )
+        with _alone(model, settings):
+            output: Any = model.generate(**batch)  # type: ignore[operator]
         new = output[:, batch["input_ids"].shape[1] :]
         for index, text in zip(
             indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
@@ -47,6 +49,24 @@ def generate(
         if report:
             report(start + len(indices), len(prompts))
     return texts
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and the model's own (the end of a turn)."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    more = own if isinstance(own, list) else [] if own is None else [own]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *more]))
+
+
+@contextlib.contextmanager
+def _alone(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """`settings` and nothing else: what they leave open, transformers takes from the model, such as
+    a repetition penalty."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:

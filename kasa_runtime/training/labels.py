@@ -21,10 +21,12 @@ class Labels:
     @classmethod
     def of(cls, data: DataSection, train: Sequence[Row]) -> Labels:
         """`[data] labels`, or those of the training rows. Raises ConfigError, DataError."""
-        values = data.labels or tuple(sorted({str(row.get(data.label)) for row in train}))
+        values = data.labels or _found(data.label, train)
         names = data.label_names or values
-        if len(values) < 2:
-            raise ConfigError(f"[data] labels: want at least two, found {', '.join(values)}")
+        if len(values) < 2 or len(set(values)) != len(values):
+            raise ConfigError(
+                f"[data] labels: want at least two different ones, found {', '.join(values)}"
+            )
         if len(names) != len(values) or len(set(names)) != len(names):
             raise ConfigError(
                 f"[data] label_names: want {len(values)} different names, one for each of "
@@ -44,3 +46,14 @@ class Labels:
                 "lists them"
             )
         return self.values.index(value)
+
+
+def _found(field: str, rows: Sequence[Row]) -> tuple[str, ...]:
+    """The labels of `rows`, sorted."""
+    values = set()
+    for row in rows:
+        value = str(row.get(field))
+        if not value.strip():
+            raise row.error(f"{field}: the label is empty")
+        values.add(value)
+    return tuple(sorted(values))

@@ -1,5 +1,5 @@
-"""Metrics by the names that `[eval] metrics` uses, each a percentage: of generated texts, of
-predicted labels, of predicted numbers.
+"""Metrics by the names that `[eval] metrics` uses: of generated texts, of predicted labels, of
+predicted numbers. All are percentages but `mse`.
 
 Texts are compared without surrounding white space. `bleu` needs sacrebleu, `rouge_l` rouge-score
 and the metrics of labels scikit-learn: the extra `train`.
@@ -81,6 +81,13 @@ TEXT_METRICS: dict[str, Callable[[Sequence[str], References], float]] = {
 
 LABEL_METRICS = ("accuracy", "f1", "matthews")
 NUMBER_METRICS = ("pearson", "spearman", "mse")
+LOWER_IS_BETTER = ("loss", "perplexity", "mse")
+
+_PACKAGES = {
+    "bleu": "sacrebleu",
+    "rouge_l": "rouge_score.rouge_scorer",
+    **dict.fromkeys(LABEL_METRICS, "sklearn.metrics"),
+}
 
 _STRUCTURE = re.compile(r"(?P<intent>\w+)\((?P<slots>.*)\)", re.DOTALL)
 
@@ -100,18 +107,12 @@ def parse_structure(text: str) -> tuple[str, Counter[tuple[str, str]]]:
     return intent, pairs
 
 
-def check_metrics(names: Sequence[str]) -> None:
-    """Fail before training, not after it. Raises ConfigError for an unknown metric or a missing
-    package."""
+def check_packages(names: Sequence[str]) -> None:
+    """Fail before training, not after it. Raises ConfigError for a metric whose package is
+    missing."""
     for name in names:
-        if name not in TEXT_METRICS:
-            raise ConfigError(
-                f"[eval] metrics: unknown metric {name!r}; known: {', '.join(TEXT_METRICS)}"
-            )
-    if "bleu" in names:
-        _extra("sacrebleu")
-    if "rouge_l" in names:
-        _extra("rouge_score.rouge_scorer")
+        if name in _PACKAGES:
+            _extra(_PACKAGES[name])
 
 
 def score(

@@ -13,7 +13,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,13 @@ from kasa_runtime.training.config import (
     ModelSection,
     OutputSection,
     Preset,
+    Quantization,
     RunConfig,
+    TaskKind,
     TrainSection,
 )
+from kasa_runtime.training.initialisation import DiagInit
+from kasa_runtime.training.loss import OrthoForm
 from kasa_runtime.training.rows import DATASETS_PREFIX
 
 _SECTIONS: dict[str, type[Any]] = {
@@ -62,9 +66,79 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         for name, cls in _SECTIONS.items()
     }
     config = RunConfig(**sections, path=path, overrides=tuple(overrides))
-    if config.data.system and not config.data.chat:
-        raise ConfigError(f"{path}: [data] system needs chat = true")
+    for description in conflicts(config):
+        raise ConfigError(f"{path}: {description}")
     return config
+
+
+def conflicts(config: RunConfig) -> Iterator[str]:
+    """What is wrong with keys that are each valid, but not together."""
+    yield from _data_conflicts(config)
+    yield from _method_conflicts(config)
+    yield from _measuring_conflicts(config)
+
+
+def _data_conflicts(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    prompted = data.task in (TaskKind.COMPLETION, TaskKind.CHOICE)
+    labelled = data.task in (TaskKind.CHOICE, TaskKind.CLASSIFICATION)
+    tables = [s for s in (data.train, data.eval, data.test) if str(s).endswith((".csv", ".tsv"))]
+    if data.chat and not prompted:
+        yield f"[data] chat is for task = completion and choice, not {data.task}"
+    if data.system and not data.chat:
+        yield "[data] system needs chat = true"
+    if data.packing and data.task.has_head:
+        yield f"[data] packing is for language models, not task = {data.task}"
+    if data.text_pair and not data.task.has_head:
+        yield f"[data] text_pair is for task = classification and regression, not {data.task}"
+    if (data.labels or data.label_names) and not labelled:
+        yield f"[data] labels and label_names are for choice and classification, not {data.task}"
+    if data.task is TaskKind.CHOICE and "{label_name" not in data.completion:
+        yield (
+            "[data] task = choice needs a completion with {label_name}, or all labels are the same "
+            f"text, got {data.completion!r}"
+        )
+    if data.columns and not tables:
+        yield "[data] columns names the columns of .csv and .tsv files, and there is no such file"
+    if config.model.quantization is not Quantization.NONE and data.task.has_head:
+        yield f"[model] quantization is for language models, not task = {data.task}"
+
+
+def _method_conflicts(config: RunConfig) -> Iterator[str]:
+    method = config.method
+    qr = method.ortho_form is OrthoForm.QR
+    if not method.target_modules:
+        yield "[method] target_modules is empty, so nothing would be trained"
+    if method.preset is not Preset.NONE and not method.is_kasa:
+        yield f"[method] preset = {method.preset} is a form of kind = kasa"
+    if qr and not (method.is_kasa and method.diag):
+        yield "[method] ortho_form = qr needs kind = kasa and diag = true"
+    if qr and method.diag_init is not DiagInit.ZEROS and not method.init_from:
+        yield (
+            "[method] ortho_form = qr needs diag_init = zeros: A and B start random, and the "
+            f"update must start at zero; got {method.diag_init}"
+        )
+    if method.init_from and (method.rank_pattern or method.alpha_pattern):
+        yield "[method] init_from: rank_pattern and alpha_pattern are those of that adapter"
+
+
+def _measuring_conflicts(config: RunConfig) -> Iterator[str]:
+    data, train, metrics = config.data, config.train, config.eval.metrics
+    during = ("loss", *metrics) if data.task.has_head else ("loss", "perplexity")
+    if train.patience and not train.best_metric:
+        yield "[train] patience needs best_metric, the measure that must get better"
+    for key in ("best_metric", "eval_steps"):
+        if getattr(train, key) and not data.eval:
+            yield f"[train] {key} needs [data] eval, the rows that are measured during training"
+    if train.best_metric and train.best_metric not in during:
+        yield (
+            f"[train] best_metric must be measured during training: one of {', '.join(during)}, "
+            f"got {train.best_metric!r}"
+        )
+    if metrics and not (data.test or (data.eval and data.task.has_head)):
+        yield "[eval] metrics needs [data] test, the rows that they are measured on"
+    if config.eval.references and data.task not in (TaskKind.COMPLETION, TaskKind.CHAT):
+        yield f"[eval] references are texts, task = {data.task} has none"
 
 
 def _tables(path: Path, document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -141,14 +215,9 @@ class _SectionReader:
         return self.cls(**values)
 
     def _convert(self, key: str, hint: Any, value: Any) -> Any:
-        if isinstance(hint, types.UnionType):  # None is a default, never written
-            kinds = [x for x in typing.get_args(hint) if x is not type(None)]
-            if Path in kinds and str(value).startswith(DATASETS_PREFIX):
-                return value
-            if str in kinds and Path not in kinds and isinstance(value, str):
-                return value
-            hint = kinds[-1] if Path not in kinds else Path
-        if hint is Path and isinstance(value, str):
+        if isinstance(hint, types.UnionType):
+            hint = self._alternative(hint, value)
+        if hint is Path and isinstance(value, str) and value:
             given = (self.section, key) in self.overridden
             return (Path.cwd() if given else self.path.parent) / Path(value).expanduser()
         if typing.get_origin(hint) is tuple:
@@ -163,8 +232,17 @@ class _SectionReader:
             raise self._wrong(key, _TYPE_NAMES.get(hint, "a number"), value)
         return value
 
+    @staticmethod
+    def _alternative(hint: types.UnionType, value: Any) -> Any:
+        """The type that a value of a key with several of them is to have; None is a default, never
+        written."""
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if Path in kinds:
+            return str if str(value).startswith(DATASETS_PREFIX) else Path
+        return str if str in kinds and isinstance(value, str) and value else kinds[-1]
+
     def _strings(self, key: str, value: Any) -> tuple[str, ...]:
-        values = [value] if isinstance(value, str) else value
+        values = [value] if isinstance(value, str) and value else value
         if not isinstance(values, list) or not all(isinstance(x, str) and x for x in values):
             raise self._wrong(key, "a list of strings", value)
         return tuple(values)

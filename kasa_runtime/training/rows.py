@@ -4,8 +4,11 @@ so that an error can say it; nothing is skipped."""
 from __future__ import annotations
 
 import csv
+import difflib
+import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,29 +22,36 @@ DATASETS_PREFIX = "datasets:"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a source. `line` counts from 1; in Parquet files and data sets it is the row's
-    number."""
+    """One row of a source. `line` is where it begins, from 1; in Parquet files, JSON arrays and
+    data sets it is the row's number."""
 
     source: Path | str
     line: int
     fields: Mapping[str, Any]
 
     def render(self, template: str, **more: Any) -> str:
-        """`template` with `{field}`s filled in. Raises DataError for a field that the row lacks."""
+        """`template` with `{field}`s filled in. Raises DataError for a field that the row lacks, or
+        that is null."""
+        values = {name: value for name, value in self.fields.items() if value is not None}
         try:
-            return template.format_map({**self.fields, **more})
+            return template.format_map({**values, **more})
         except KeyError as error:
-            raise self.error(
-                f"no field {error}, which {template!r} needs; has {', '.join(self.fields)}"
-            ) from None
+            raise self._lacks(str(error.args[0]), f", which {template!r} needs") from None
         except (ValueError, IndexError, AttributeError) as error:
             raise self.error(f"cannot fill in the template {template!r} ({error})") from None
 
     def get(self, field: str) -> Any:
-        """The value of a field. Raises DataError where the row has none."""
+        """The value of a field. Raises DataError where the row has none, or null."""
         if self.fields.get(field) is None:
-            raise self.error(f"no field {field!r}; has {', '.join(self.fields)}")
+            raise self._lacks(field)
         return self.fields[field]
+
+    def _lacks(self, field: str, why: str = "") -> DataError:
+        if field in self.fields:
+            return self.error(f"field {field!r} is null{why}")
+        near = difflib.get_close_matches(field, self.fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return self.error(f"no field {field!r}{why}; has {', '.join(self.fields)}{hint}")
 
     def error(self, description: str) -> DataError:
         return DataError(f"{self.source}:{self.line}: {description}")
@@ -63,7 +73,7 @@ def read_rows(source: Path | str, columns: Sequence[str] = ()) -> list[Row]:
             )
         try:
             rows = list(reader(path, columns))
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error}); see the comments of run.toml on getting the "
                 "data"
@@ -88,21 +98,45 @@ def sample(rows: Sequence[Row], count: int, *, seed: int) -> list[Row]:
     return [rows[index] for index in sorted(chosen)]
 
 
+def _text(path: Path) -> str:
+    """The file's text, without a byte-order mark. Raises DataError naming the line that is not
+    UTF-8."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text ({error.reason})") from error
+
+
 def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     # Not splitlines(): it also splits at characters that JSON allows inside a string.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
-            yield Row(path, number, _json_object(path, number, line))
+            yield _json_row(path, number, _json_value(path, number, line))
 
 
-def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+def _json(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """An array of objects, or JSON Lines under this name."""
+    text = _text(path)
+    if not text.lstrip().startswith("["):
+        return _jsonl(path, columns)
+    values = enumerate(_json_value(path, 1, text), 1)
+    return (_json_row(path, number, value) for number, value in values)
+
+
+def _json_value(path: Path, number: int, text: str) -> Any:
     try:
-        fields = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{path}:{number}: want a JSON object, got {type(fields).__name__}")
-    return fields
+        line = number + error.lineno - 1
+        raise DataError(f"{path}:{line}: not valid JSON ({error})") from error
+
+
+def _json_row(path: Path, number: int, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{path}:{number}: want a JSON object, got {type(value).__name__}")
+    return Row(path, number, value)
 
 
 def _csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -115,19 +149,30 @@ def _tsv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _table(path: Path, columns: Sequence[str], **dialect: Any) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, **dialect)
-        names = list(columns)
-        line = 1
-        try:
-            for values in reader:
-                if values and not names:
-                    names = values
-                elif values:
-                    yield Row(path, line, _named(path, line, names, values))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not a readable table ({error})") from error
+    """A row may span lines, by a line break in quotation marks: it is named by its first one."""
+    csv.field_size_limit(_MAX_FIELD_CHARS)
+    reader = csv.reader(io.StringIO(_text(path), newline=""), **dialect)
+    names = list(columns)
+    line = 1
+    try:
+        for values in reader:
+            if values and not names:
+                names = _header(path, line, values)
+            elif values:
+                yield Row(path, line, _named(path, line, names, values))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}:{line}: not a readable table ({error})") from error
+
+
+_MAX_FIELD_CHARS = 2**31 - 1
+"""Python's limit of 131,072 is less than a long document, and a C long may have 32 bits."""
+
+
+def _header(path: Path, line: int, names: list[str]) -> list[str]:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}:{line}: the header has two columns named {twice[0]!r}")
+    return names
 
 
 def _named(path: Path, line: int, names: Sequence[str], values: Sequence[str]) -> dict[str, str]:
@@ -147,14 +192,18 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     return (Row(path, number, fields) for number, fields in enumerate(rows, 1))
 
 
+_DATASET = re.compile(r"(?P<name>[^:]+)(:(?P<config>[^:\[]+))?:(?P<split>[^:\[]+(\[.*\])?)")
+
+
 def _from_datasets(source: str) -> Iterator[Row]:
-    """`datasets:NAME[:CONFIG]:SPLIT`"""
-    name, *config, split = [*source.removeprefix(DATASETS_PREFIX).split(":"), ""][:-1] or [""]
-    if not name or not split or len(config) > 1:
+    """`datasets:NAME[:CONFIG]:SPLIT`; a split may be a part, such as train[:1000]."""
+    match = _DATASET.fullmatch(source.removeprefix(DATASETS_PREFIX))
+    if match is None:
         raise ConfigError(f"[data] {source!r}: want {DATASETS_PREFIX}NAME[:CONFIG]:SPLIT")
+    datasets = _extra("datasets")
     try:
-        rows = _extra("datasets").load_dataset(name, *config, split=split)
-    except (OSError, ValueError, KeyError) as error:
+        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"])
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source}: datasets cannot load this ({error})") from error
     return (Row(source, number, fields) for number, fields in enumerate(rows, 1))
 
@@ -170,7 +219,7 @@ def _extra(module: str) -> Any:
 
 _READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
     ".jsonl": _jsonl,
-    ".json": _jsonl,
+    ".json": _json,
     ".csv": _csv,
     ".tsv": _tsv,
     ".parquet": _parquet,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kasa_runtime.errors import ConfigError
 from kasa_runtime.training.config import RunConfig
 from kasa_runtime.training.examples import Examples
+from kasa_runtime.training.metrics import check_packages
 from kasa_runtime.training.rows import Row
 
 Report = Callable[[int, int], None]
@@ -41,7 +42,7 @@ class Task(ABC):
     """One kind of task, for one run. `prepare` comes first: it takes the tokenizer and the training
     rows, and afterwards the task knows its labels."""
 
-    metrics: ClassVar[tuple[str, ...]]
+    metrics: tuple[str, ...]
     """The names that `[eval] metrics` may have."""
     task_type: ClassVar[str]
     """PEFT's name for it, in adapter_config.json."""
@@ -55,6 +56,7 @@ class Task(ABC):
                     f"[eval] metrics: no metric {name!r} for task = {config.data.task}; known: "
                     f"{', '.join(self.metrics)}"
                 )
+        check_packages(config.eval.metrics)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, train: Sequence[Row]) -> None:
         """Learn what the training rows say about the task. Raises ConfigError, DataError."""
@@ -82,6 +84,11 @@ class Task(ABC):
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> Examples:
         """Tokenise rows. Raises DataError naming source and line."""
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Refuse rows that `measure` could not use, before anything slow is done. Raises
+        DataError."""
+        self.encode(rows)
 
     @abstractmethod
     def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:

@@ -13,12 +13,14 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kasa_runtime.errors import ConfigError, DataError
-from kasa_runtime.training.config import TaskKind
+from kasa_runtime.training.config import RunConfig, TaskKind
 from kasa_runtime.training.examples import IGNORED, Collator, Example, Examples, packed
 from kasa_runtime.training.generate import generate
-from kasa_runtime.training.metrics import TEXT_METRICS, References, check_metrics, score
+from kasa_runtime.training.metrics import TEXT_METRICS, References, score
 from kasa_runtime.training.rows import Row
 from kasa_runtime.training.tasks.base import BatchLoss, Outcome, Report, Task
+from kasa_runtime.training.tasks.chat import ASSISTANT, Chat, messages_of
+from kasa_runtime.training.tasks.isolation import check_isolation
 
 PERPLEXITY = "perplexity"
 
@@ -26,33 +28,36 @@ PERPLEXITY = "perplexity"
 class CausalTask(Task):
     """`completion`, `chat` and `text`. Perplexity is over the tokens that have a loss."""
 
-    metrics: ClassVar[tuple[str, ...]] = (*TEXT_METRICS, PERPLEXITY)
+    metrics = (*TEXT_METRICS, PERPLEXITY)
     task_type: ClassVar[str] = "CAUSAL_LM"
+    chat: Chat | None = None
+
+    def __init__(self, config: RunConfig) -> None:
+        if config.data.task is TaskKind.TEXT:
+            self.metrics = (PERPLEXITY,)  # the others compare with an answer
+        super().__init__(config)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, train: Sequence[Row]) -> None:
         super().prepare(tokenizer, train)
-        kind, names = self.data.task, self.config.eval.metrics
-        texts = [name for name in names if name in TEXT_METRICS]
-        check_metrics(texts)
-        if kind is TaskKind.TEXT and texts:
-            raise ConfigError(f"[eval] metrics: {texts[0]} needs answers; plain text has none")
-        if not tokenizer.chat_template and (kind is TaskKind.CHAT or self.data.chat):
-            raise ConfigError(
-                "[data] task = chat and chat = true need a tokenizer with a chat template, this "
-                "model's has none"
-            )
         if tokenizer.eos_token_id is None:
             raise ConfigError("[model] the tokenizer has no end-of-sequence token")
+        if self.data.task is TaskKind.CHAT or self.data.chat:
+            self.chat = Chat(tokenizer)
 
     def question(self, row: Row) -> str:
         if self.data.task is TaskKind.TEXT:
             return row.render(self.data.text)
         if self.data.task is TaskKind.CHAT:
-            return self._messages(row)[0]["content"]
+            return self._asked(row)[-1]["content"]
         return super().question(row)
 
     def load_model(self, directory: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, **options
+        )
+        if self.data.packing:
+            check_isolation(model)
+        return model
 
     def encode(self, rows: Sequence[Row]) -> Examples:
         """Rows longer than max_length are left out and counted; plain text is cut into pieces."""
@@ -75,7 +80,8 @@ class CausalTask(Task):
 
     def _example(self, row: Row) -> Example:
         if self.data.task is TaskKind.CHAT:
-            return self._conversation(row)
+            assert self.chat
+            return self.chat.example(row, messages_of(row, self.data.messages))
         return self._answered(self.prompt_ids(row), self.completion_ids(row))
 
     @staticmethod
@@ -89,6 +95,9 @@ class CausalTask(Task):
         text = self.completion(row)
         if not text.strip():
             raise row.error(f"the completion {self.data.completion!r} is empty")
+        return self.answer_ids(text)
+
+    def answer_ids(self, text: str) -> list[int]:
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self._eos]
 
     def completion(self, row: Row) -> str:
@@ -97,90 +106,57 @@ class CausalTask(Task):
     def prompt_ids(self, row: Row) -> list[int]:
         """What a caller would send for this row, as tokens."""
         if self.data.task is TaskKind.CHAT:
-            messages = self._messages(row)
-            if messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-            return self._chat_ids(messages, answer_next=True)
-        return self.encode_prompt(row.render(self.data.prompt), chat=self.data.chat)
+            assert self.chat
+            return self.chat.prompt_ids(row, self._asked(row))
+        return self.encode_prompt(row, row.render(self.data.prompt), chat=self.chat)
 
-    def encode_prompt(self, text: str, *, chat: bool) -> list[int]:
-        """A plain prompt with the tokenizer's special tokens, or a user message through its chat
-        template."""
-        if not chat:
-            ids: list[int] = self.tokenizer(text)["input_ids"]
-            return ids
-        system = self.data.system
-        messages = [{"role": "system", "content": system}] if system else []
-        return self._chat_ids([*messages, {"role": "user", "content": text}], answer_next=True)
-
-    def _conversation(self, row: Row) -> Example:
-        """All turns, with a loss on those of the assistant, their end included."""
-        messages = self._messages(row)
-        ids: list[int] = []
-        labels: list[int] = []
-        for index, message in enumerate(messages):
-            answer = message["role"] == "assistant"
-            if answer:
-                opened = self._chat_ids(messages[:index], answer_next=True)
-                self._grow(row, ids, labels, opened, learn=False)
-            closed = self._chat_ids(messages[: index + 1], answer_next=False)
-            self._grow(row, ids, labels, closed, learn=answer)
-        if not any(label != IGNORED for label in labels):
-            raise row.error(f"{self.data.messages}: want a message of the assistant, found none")
-        return Example(tuple(ids), tuple(labels))
-
-    @staticmethod
-    def _grow(
-        row: Row, ids: list[int], labels: list[int], longer: list[int], *, learn: bool
-    ) -> None:
-        """Extend `ids` to `longer`, which must begin with them."""
-        if longer[: len(ids)] != ids:
-            raise row.error(
-                "the model's chat template writes earlier messages differently once others follow, "
-                "so the assistant's tokens cannot be told apart; use task = completion"
-            )
-        new = longer[len(ids) :]
-        labels += new if learn else [IGNORED] * len(new)
-        ids += new
-
-    def _messages(self, row: Row) -> list[dict[str, str]]:
-        messages: Any = row.get(self.data.messages)
-        ok = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in messages
-        )  # fmt: skip
-        if not ok or not messages:
-            raise row.error(
-                f"{self.data.messages}: want a list of {{role, content}} with texts, got "
-                f"{str(messages)[:80]!r}"
-            )
-        return list(messages)
-
-    def _chat_ids(self, messages: Sequence[Mapping[str, str]], *, answer_next: bool) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=answer_next,
-            tokenize=False,
-        )
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode_prompt(self, row: Row, text: str, *, chat: Chat | None) -> list[int]:
+        """A plain prompt with the tokenizer's special tokens, or a user message through `chat`."""
+        if chat:
+            system = self.data.system
+            messages = [{"role": "system", "content": system}] if system else []
+            return chat.prompt_ids(row, [*messages, {"role": "user", "content": text}])
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        if not ids:
+            raise row.error(f"the prompt {self.data.prompt!r} is empty")
         return ids
 
+    def _asked(self, row: Row) -> list[dict[str, str]]:
+        """The messages of a chat before its last answer."""
+        messages = messages_of(row, self.data.messages)
+        asked = messages[:-1] if messages[-1]["role"] == ASSISTANT else messages
+        if not asked:
+            raise row.error(f"{self.data.messages}: want a message before the assistant's")
+        return asked
+
     def _pieces(self, row: Row) -> list[Example]:
+        """A text in pieces of max_length. Each begins with the last token of the one before, so
+        that every token but the first is told from what precedes it, once."""
         text = row.render(self.data.text)
         if not text.strip():
             raise row.error(f"the text {self.data.text!r} is empty")
-        ids = [*self.tokenizer(text)["input_ids"], self._eos]
+        ids: list[int] = list(self.tokenizer(text)["input_ids"])
+        if ids[-1] != self._eos:
+            ids.append(self._eos)
         size = self.data.max_length
-        pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
-        return [self._answered((), piece) for piece in pieces if len(piece) > 1]
+        starts = range(0, len(ids) - 1, size - 1)
+        return [self._answered((), ids[start : start + size]) for start in starts]
 
     @property
     def _eos(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
-        """Cross-entropy over the tokens that have a label.
+        """Cross-entropy over the tokens that have a label."""
+        total, keep = self.cross_entropy(model, inputs, reduction="sum")
+        return BatchLoss(total, int(keep.sum()))
+
+    @staticmethod
+    def cross_entropy(
+        model: nn.Module, inputs: Mapping[str, Tensor], *, reduction: str
+    ) -> tuple[Tensor, Tensor]:
+        """Of the labelled tokens, in float32, and which of the positions before the last they are
+        told from: (batch, length - 1).
 
         Only those positions enter the output embeddings: with a large vocabulary they cost as much
         as many layers. The hook leaves the model's own forward, with any scaling of its logits, as
@@ -192,8 +168,16 @@ class CausalTask(Task):
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         with head.register_forward_pre_hook(lambda _, args: (args[0][:, :-1][keep],)):
             logits = model(**rest, use_cache=False).logits  # (labelled tokens, vocabulary)
-        total = functional.cross_entropy(logits.float(), targets[keep], reduction="sum")
-        return BatchLoss(total, int(keep.sum()))
+        losses = functional.cross_entropy(logits.float(), targets[keep], reduction=reduction)
+        return losses, keep
+
+    def check(self, rows: Sequence[Row]) -> None:
+        if self._text_metrics:
+            for row in rows:
+                self.prompt_ids(row)
+                self.references(row)
+        if PERPLEXITY in self.config.eval.metrics:
+            self.encode(rows)
 
     def measure(
         self, model: PreTrainedModel, rows: Sequence[Row], report: Report | None = None
@@ -217,7 +201,7 @@ class CausalTask(Task):
         if settings.few_shot and self.data.task is TaskKind.COMPLETION:
             shots = self._shots(train)
             ways[f"base, {settings.few_shot}-shot"] = lambda row: self.encode_prompt(
-                shots + row.render(self.data.prompt), chat=False
+                row, shots + row.render(self.data.prompt), chat=None
             )
         outcomes = {}
         for name, ask in ways.items():
@@ -234,7 +218,8 @@ class CausalTask(Task):
         text = row.render(self.data.prompt)
         if self.config.eval.instruction:
             text = f"{self.config.eval.instruction}\n\n{text}"
-        return self.encode_prompt(text, chat=bool(self.tokenizer.chat_template))
+        chat = Chat(self.tokenizer) if self.tokenizer.chat_template else None
+        return self.encode_prompt(row, text, chat=chat)
 
     def _shots(self, train: Sequence[Row]) -> str:
         """Training rows, the same for every prompt, each on a line of its own before it."""
@@ -290,8 +275,8 @@ class CausalTask(Task):
     def _answer(self, row: Row) -> str:
         if self.data.task is not TaskKind.CHAT:
             return self.completion(row)
-        last = self._messages(row)[-1]
-        if last["role"] != "assistant":
+        last = messages_of(row, self.data.messages)[-1]
+        if last["role"] != ASSISTANT:
             raise row.error(f"{self.data.messages}: the last message must be the assistant's")
         return last["content"]
 

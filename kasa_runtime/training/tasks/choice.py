@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kasa_runtime.training.examples import IGNORED, Collator
+from kasa_runtime.training.examples import Collator, Example
 from kasa_runtime.training.labels import Labels
 from kasa_runtime.training.metrics import LABEL_METRICS, label_score
 from kasa_runtime.training.rows import Row
@@ -21,7 +20,7 @@ from kasa_runtime.training.tasks.causal import CausalTask
 class ChoiceTask(CausalTask):
     """`choice`: trained like a completion; asked by the log-probability of every label."""
 
-    metrics: ClassVar[tuple[str, ...]] = LABEL_METRICS
+    metrics = LABEL_METRICS
     labels: Labels
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, train: Sequence[Row]) -> None:
@@ -52,38 +51,34 @@ class ChoiceTask(CausalTask):
         metrics = label_score(self.config.eval.metrics, predicted, wanted, len(self.labels))
         return Outcome(metrics, [self.labels.names[index] for index in predicted])
 
+    def check(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._example(row)
+
     @torch.inference_mode()
     def scores(
         self, model: PreTrainedModel, rows: Sequence[Row], report: Report | None = None
     ) -> Tensor:
-        """log p(label | prompt) of every row and label, summed over the label's tokens:
-        (num_rows, num_labels)."""
+        """log p(label | prompt) of every row and label, summed over the label's tokens and the
+        end-of-sequence token, so that no label is the beginning of another: (num_rows,
+        num_labels)."""
         model.eval()
-        collate, size = Collator(self.pad_id), max(1, self.config.eval.batch_size)
+        collate, size = Collator(self.pad_id), self.config.eval.batch_size
+        asked = [example for row in rows for example in self._asked_with_each(row)]
         sums = []
-        for start in range(0, len(rows), size):
-            chunk = rows[start : start + size]
-            examples = [
-                self._answered(self.prompt_ids(row), self._label_ids(row, index))
-                for row in chunk
-                for index in range(len(self.labels))
-            ]
-            batch = collate([{"example": example} for example in examples])
-            sums.append(self._log_probabilities(model, batch).view(len(chunk), len(self.labels)))
+        for start in range(0, len(asked), size):
+            chunk = asked[start : start + size]
+            batch = collate([{"example": example} for example in chunk])
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            losses, keep = self.cross_entropy(model, batch, reduction="none")
+            of_row = keep.nonzero()[:, 0]  # (labelled tokens,)
+            sums.append(-losses.new_zeros(len(chunk)).index_add(0, of_row, losses).cpu())
             if report:
-                report(start + len(chunk), len(rows))
-        return torch.cat(sums)
+                report((start + len(chunk)) // len(self.labels), len(rows))
+        return torch.cat(sums).view(len(rows), len(self.labels))
 
-    def _label_ids(self, row: Row, index: int) -> list[int]:
-        text = self._completion_of(row, index)
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self._eos]
-
-    @staticmethod
-    def _log_probabilities(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        targets = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
-        losses = functional.cross_entropy(
-            logits.mT, targets, reduction="none", ignore_index=IGNORED
-        )  # (batch, length - 1)
-        return -losses.sum(dim=1).cpu()
+    def _asked_with_each(self, row: Row) -> list[Example]:
+        """The prompt with every label in turn."""
+        prompt = self.prompt_ids(row)
+        texts = [self._completion_of(row, index) for index in range(len(self.labels))]
+        return [self._answered(prompt, self.answer_ids(text)) for text in texts]

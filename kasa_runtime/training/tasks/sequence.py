@@ -4,9 +4,9 @@ with the adapter."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,24 +35,17 @@ HEADS = ("classifier", "score", "classification_head")
 
 
 class SequenceTask(Task):
-    """`classification` and `regression`. A text longer than max_length is cut off."""
+    """`classification` and `regression`. A text longer than max_length, or than the tokenizer says
+    that the model can read, is cut off."""
 
-    metrics: ClassVar[tuple[str, ...]] = (*LABEL_METRICS, *NUMBER_METRICS)
     task_type: ClassVar[str] = "SEQ_CLS"
     labels: Labels | None = None
-    head: str = ""
+    head: tuple[str, ...] = ()
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
         self.regression = config.data.task is TaskKind.REGRESSION
-        known = NUMBER_METRICS if self.regression else LABEL_METRICS
-        if wrong := [name for name in config.eval.metrics if name not in known]:
-            raise ConfigError(
-                f"[eval] metrics: {wrong[0]} is not for task = {config.data.task}; known: "
-                f"{', '.join(known)}"
-            )
-        if config.data.packing:
-            raise ConfigError("[data] packing is for causal tasks, an encoder reads row by row")
+        self.metrics = NUMBER_METRICS if self.regression else LABEL_METRICS
+        super().__init__(config)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, train: Sequence[Row]) -> None:
         super().prepare(tokenizer, train)
@@ -64,33 +57,44 @@ class SequenceTask(Task):
 
     @property
     def trained_whole(self) -> tuple[str, ...]:
-        return (self.head,) if self.head else ()
+        return self.head
+
+    @property
+    def max_length(self) -> int:
+        return min(self.data.max_length, self.tokenizer.model_max_length)
 
     def load_model(self, directory: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=dtype, num_labels=len(self.labels) if self.labels else 1, **options
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            dtype=dtype,
+            num_labels=len(self.labels) if self.labels else 1,
+            ignore_mismatched_sizes=True,  # a head for other labels is a new one here
+            output_loading_info=True,
+            **options,
         )
-        heads = [name for name in HEADS if hasattr(model, name)]
-        if not heads:
-            raise ModelError(
-                f"{directory}: {type(model).__name__} has no head named {', '.join(HEADS)}"
+        positions = getattr(model.config, "max_position_embeddings", self.max_length)
+        if self.max_length > positions:
+            raise ConfigError(
+                f"[data] max_length must be at most {positions}, the model's number of positions, "
+                f"got {self.data.max_length}"
             )
-        self.head = heads[0]
-        model.get_submodule(self.head).float()  # trained, so never in a dtype with few digits
+        self.head = _new_modules(model, loading, directory)
+        for name in self.head:  # trained, so never in a dtype with few digits
+            model.get_submodule(name).float().register_forward_pre_hook(_in_float32)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.pad_id
-        return model
+        return cast("PreTrainedModel", model)
 
     def encode(self, rows: Sequence[Row]) -> Examples:
         return Examples([self._example(row) for row in rows], num_rows=len(rows))
 
     def _example(self, row: Row) -> Example:
-        texts = [row.render(self.data.text)]
-        if self.data.text_pair:
-            texts.append(row.render(self.data.text_pair))
-        if not texts[0].strip():
-            raise row.error(f"the text {self.data.text!r} is empty")
-        encoded = self.tokenizer(*texts, truncation=True, max_length=self.data.max_length)
+        templates = [text for text in (self.data.text, self.data.text_pair) if text]
+        texts = [row.render(template) for template in templates]
+        for template, text in zip(templates, texts, strict=True):
+            if not text.strip():
+                raise row.error(f"the text {template!r} is empty")
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         kinds = tuple(encoded.get("token_type_ids", ())) if self.data.text_pair else ()
         return Example(tuple(encoded["input_ids"]), self._label(row), token_type_ids=kinds)
 
@@ -126,14 +130,22 @@ class SequenceTask(Task):
         self, model: PreTrainedModel, rows: Sequence[Row], report: Report | None = None
     ) -> Outcome:
         logits = self.predict(model, rows, report)
+        metrics = self._scores(self.config.eval.metrics, logits, rows)
         if self.labels:
-            predicted = logits.argmax(dim=1).tolist()
-            return Outcome(
-                self._scores(self.config.eval.metrics, logits, rows),
-                [self.labels.names[index] for index in predicted],
-            )
-        values = [f"{value:.4g}" for value in logits[:, 0].tolist()]
-        return Outcome(self._scores(self.config.eval.metrics, logits, rows), values)
+            names = [self.labels.names[index] for index in logits.argmax(dim=1).tolist()]
+            return Outcome(metrics, names)
+        return Outcome(metrics, [f"{value:.4g}" for value in logits[:, 0].tolist()])
+
+    def measure_base(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Row],
+        train: Sequence[Row],
+        progress: Callable[[str], Any],
+    ) -> dict[str, Outcome]:
+        """A guess: the head of the base model is new."""
+        with progress("base, untrained head") as report:
+            return {"base, untrained head": self.measure(model, rows, report)}
 
     def held_out(self, model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, float]:
         logits = self.predict(model, rows)
@@ -171,3 +183,26 @@ class SequenceTask(Task):
             if report:
                 report(start + len(indices), len(rows))
         return torch.stack(outputs)
+
+
+def _new_modules(model: nn.Module, loading: Mapping[str, Any], directory: Path) -> tuple[str, ...]:
+    """Paths of the modules that the files say nothing of, and of those that the head consists of;
+    each holds parameters itself. Raises ModelError where there is no head, or where the files lack
+    layers too."""
+    mismatched = [key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]]
+    new = {key.rpartition(".")[0] for key in (*loading["missing_keys"], *mismatched)}
+    if deep := sorted(name for name in new if any(part.isdigit() for part in name.split("."))):
+        raise ModelError(f"{directory}: has no weights for {deep[0]} of {type(model).__name__}")
+    if not any(hasattr(model, name) for name in HEADS):
+        raise ModelError(
+            f"{directory}: {type(model).__name__} has no head named {', '.join(HEADS)}"
+        )
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if (name in new or name.partition(".")[0] in HEADS) and [*module.parameters(recurse=False)]
+    )
+
+
+def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) else x for x in args)
