@@ -4,7 +4,9 @@
     python examples/e2e/convert.py e2e-dataset/devset.csv e2e-dataset/testset_w_refs.csv
 
 The first file becomes data/train.jsonl, one row per text; the second data/test.jsonl, one row per
-meaning representation with all its texts. Both have the columns mr and ref.
+meaning representation with all its texts. Both have the columns mr and ref. With --hold-out N, the
+first text of every Nth meaning representation of the first file goes into data/eval.jsonl, and all
+of its texts stay out of data/train.jsonl.
 """
 
 from __future__ import annotations
@@ -31,8 +33,15 @@ def main() -> None:
     parser.add_argument("train", type=Path)
     parser.add_argument("test", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--hold-out", type=int, default=0, metavar="N")
     arguments = parser.parse_args()
-    train = [{"mr": mr, "ref": ref} for mr, ref in read(arguments.train)]
+    rows = read(arguments.train)
+    meanings = list(dict.fromkeys(mr for mr, _ in rows))
+    held_out = set(meanings[:: arguments.hold_out]) if arguments.hold_out else set()
+    first = {mr: ref for mr, ref in reversed(rows) if mr in held_out}
+    train = [{"mr": mr, "ref": ref} for mr, ref in rows if mr not in held_out]
+    if first:
+        write(arguments.out / "eval.jsonl", [{"mr": mr, "ref": ref} for mr, ref in first.items()])
     references: dict[str, list[str]] = {}
     for mr, ref in read(arguments.test):
         references.setdefault(mr, []).append(ref)

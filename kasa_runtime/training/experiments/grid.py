@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from kasa_runtime.training.config import RunConfig, TaskKind
+from kasa_runtime.training.config import RunConfig
 from kasa_runtime.training.initialisation import DiagInit
 from kasa_runtime.training.loss import OrthoForm
 
@@ -40,6 +40,7 @@ class Cell:
     changes: Mapping[str, Any] = field(default_factory=dict)
     x: float | None = None  # its place on the x axis of a sweep
     series: str = ""  # the curve that it is a point of
+    against: str = ""  # label of the cell that it is compared with
 
     @property
     def key(self) -> str:
@@ -59,20 +60,24 @@ class Experiment:
 
     def fits(self, config: RunConfig) -> bool:
         """Whether a run's task can answer the question."""
-        return not (self.causal_only and _has_head(config))
+        return not (self.causal_only and config.data.task.has_head)
 
 
 def _truncation(config: RunConfig) -> list[Cell]:
+    whole = "KaSA without truncation"
     return [
-        Cell("KaSA", changes=_truncated(config, config.method.r)),
-        Cell("KaSA without truncation", changes=_truncated(config, 0)),
+        Cell("KaSA", changes=_truncated(config, config.method.r), against=whole),
+        Cell(whole, changes=_truncated(config, 0)),
     ]
 
 
 def _truncation_rank(config: RunConfig) -> list[Cell]:
     r = config.method.r
     ranks = sorted({0, 1, r // 2, r, 2 * r, 4 * r, 8 * r})
-    return [Cell(f"t = {t}", changes=_truncated(config, t), x=t, series="KaSA") for t in ranks]
+    return [
+        Cell(f"t = {t}", changes=_truncated(config, t), x=t, series="KaSA", against="t = 0")
+        for t in ranks
+    ]
 
 
 def _versus_lora(config: RunConfig) -> list[Cell]:
@@ -88,11 +93,12 @@ def _versus_lora(config: RunConfig) -> list[Cell]:
             ("PiSSA", Approach.PISSA, {}),
             ("AdaLoRA", Approach.ADALORA, {}),
         ]
-        if _has_head(config):
+        if config.data.task.has_head:
             ways.append(("head only", Approach.HEAD, {}))
         ways.append(("full fine-tuning", Approach.FULL, {}))
         for name, approach, changes in ways:
-            cells.append(Cell(f"{name}, lr {rate:g}", approach, {**at, **changes}, rate, name))
+            label, against = f"{name}, lr {rate:g}", f"LoRA, lr {rate:g}"
+            cells.append(Cell(label, approach, {**at, **changes}, rate, name, against))
     return cells
 
 
@@ -110,18 +116,26 @@ def _loss_terms(config: RunConfig) -> list[Cell]:
                 changes |= {} if diag else {"method.diag": False}
                 terms = "L1" + (" + L2" if b else "") + (" + L3" if g else "")
                 label = f"{'cut' if t else 'whole'}, {'diagonal' if diag else 'no diagonal'}, "
-                cells.append(Cell(label + terms, changes=changes))
+                cells.append(Cell(label + terms, changes=changes, against=_WHOLE_METHOD))
     strong = {"method.beta": 1000 * beta, "method.gamma": 100 * gamma}
     strong |= _truncated(config, config.method.r)
-    cells.append(Cell("cut, diagonal, 1000 beta, 100 gamma", changes=strong))
+    strongest = "cut, diagonal, L1 + 1000 L2 + 100 L3"
+    cells.append(Cell(strongest, changes=strong, against=_WHOLE_METHOD))
     return cells
+
+
+_WHOLE_METHOD = "cut, diagonal, L1 + L2 + L3"
 
 
 def _initialisation(config: RunConfig) -> list[Cell]:
     base = _truncated(config, config.method.r)
     usual = config.method.diag_init
     return [
-        Cell(how.value, changes=base | ({} if how is usual else {"method.diag_init": how}))
+        Cell(
+            how.value,
+            against=usual.value,
+            changes=base | ({} if how is usual else {"method.diag_init": how}),
+        )
         for how in DiagInit
     ]
 
@@ -141,7 +155,7 @@ def _orthogonality(config: RunConfig) -> list[Cell]:
         ("weight decay 0.1", {"method.ortho_form": OrthoForm.NONE, "train.weight_decay": 0.1}),
         ("dropout 0.1", {"method.ortho_form": OrthoForm.NONE, "method.dropout": 0.1}),
     ]
-    return [Cell(label, changes=base | changes) for label, changes in ways]
+    return [Cell(label, changes=base | changes, against="gram_r") for label, changes in ways]
 
 
 def _untrained(config: RunConfig) -> list[Cell]:
@@ -150,10 +164,6 @@ def _untrained(config: RunConfig) -> list[Cell]:
         Cell(f"t = {t}", Approach.NOTHING, _truncated(config, t), t, "truncated base")
         for t in ranks
     ]
-
-
-def _has_head(config: RunConfig) -> bool:
-    return config.data.task in (TaskKind.CLASSIFICATION, TaskKind.REGRESSION)
 
 
 def _truncated(config: RunConfig, t: int) -> dict[str, Any]:

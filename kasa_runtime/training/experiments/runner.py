@@ -72,6 +72,12 @@ class Results:
         matches = (r for r in self.all if (r.run, r.settings, r.cell, r.seed) == wanted)
         return next(matches, None)
 
+    def of_cell(self, config: RunConfig, cell: Cell) -> dict[int, Result]:
+        """All results of a cell, by seed."""
+        seeds = sorted({result.seed for result in self.all})
+        found = {seed: self.find(config, cell, seed) for seed in seeds}
+        return {seed: result for seed, result in found.items() if result}
+
     def add(self, result: Result) -> None:
         """Keep and append; a killed process loses at most the run that it was in."""
         self.all.append(result)
@@ -89,9 +95,12 @@ def digest(config: RunConfig) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Without the folders of files, which differ between machines."""
+    """Without the folders of files, which differ between machines, and without what is left at its
+    default, so that a new setting changes no digest."""
     if is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+        told = {item.name: getattr(value, item.name) for item in fields(value)}
+        defaults = {item.name: item.default for item in fields(value)}
+        return {name: _plain(told[name]) for name in told if told[name] != defaults[name]}
     return value.name if isinstance(value, Path) else str(value)
 
 
