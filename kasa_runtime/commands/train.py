@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+INTERRUPTED = 130
+
 
 @click.command()
 @click.argument("run", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -17,25 +19,46 @@ import click
     metavar="SECTION.KEY=VALUE",
     help="Override a key of the file, such as train.epochs=2. May be repeated.",
 )
-def command(run: Path, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the newest checkpoint, if there is one, with the same settings. The adapter "
+    "is the one that an unbroken run makes. Needs train.save_steps or train.best_metric.",
+)
+@click.pass_context
+def command(context: click.Context, run: Path, overrides: tuple[str, ...], resume: bool) -> None:
     """Train an adapter as RUN (a run.toml) says, and write it to its output directory.
 
     Sections: [model], [data], [method], [train], [eval], [output]; examples are in
-    examples/*/run.toml.
+    examples/*/run.toml. Curves and checkpoints go to output.work_dir; report.html there shows the
+    course of the run. On several devices: torchrun --nproc-per-node N -m kasa_runtime.cli train
+    RUN, or accelerate launch.
     """
+    from dataclasses import replace
+
     from kasa_runtime.training.reader import load
 
     config = load(run, overrides)  # before transformers, which takes seconds to import
+    if resume:
+        config = replace(config, train=replace(config.train, resume=True))
     _quiet_libraries()
+    from accelerate import PartialState
     from rich.console import Console
 
-    from kasa_runtime.training.card import METRIC_NAMES
+    from kasa_runtime.training.card import METRIC_NAMES, show
+    from kasa_runtime.training.checkpoints import describe_newest
     from kasa_runtime.training.run import train
 
-    console = Console(highlight=False)
-    facts = train(config, console)
+    console = Console(highlight=False, quiet=not PartialState().is_main_process)
+    console.soft_wrap = not console.is_terminal  # a log is not folded
+    try:
+        facts = train(config, console)
+    except KeyboardInterrupt:
+        if not console.quiet:
+            click.echo(f"kasa: interrupted; {describe_newest(config.work_dir)}", err=True)
+        context.exit(INTERRUPTED)
     for way, values in facts.metrics.items():
-        shown = "  ".join(f"{METRIC_NAMES.get(k, k)} {v:.1f}" for k, v in values.items())
+        shown = "  ".join(f"{METRIC_NAMES.get(k, k)} {show(k, v)}" for k, v in values.items())
         console.print(f"{way}: {shown}")
     console.print(f"adapter: {config.output.dir}")
 

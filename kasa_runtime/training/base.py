@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.tails import TailCache
-from kasa_runtime.errors import ModelError
+from kasa_runtime.errors import ConfigError, ModelError
 from kasa_runtime.training.config import Dtype, ModelSection, Quantization
 from kasa_runtime.training.tasks.base import Task
 
@@ -32,6 +32,12 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def load_model(directory: Path, settings: ModelSection, task: Task) -> PreTrainedModel:
     """The base in `settings.dtype`, on this process's device. Raises ModelError, ConfigError."""
+    device = PartialState().device
+    if settings.dtype is Dtype.FLOAT16 and device.type != "cuda":
+        raise ConfigError(
+            f"[model] dtype = float16 trains on CUDA only, this device is {device.type}; use "
+            "bfloat16 or float32"
+        )
     options: dict[str, Any] = {}
     if settings.quantization is not Quantization.NONE:
         from kasa_runtime.training.quantised import quantisation
@@ -42,7 +48,7 @@ def load_model(directory: Path, settings: ModelSection, task: Task) -> PreTraine
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{directory}: cannot be loaded for training ({error})") from error
     if not options:
-        model.to(PartialState().device)
+        model.to(device)
     return model
 
 

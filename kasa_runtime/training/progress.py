@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,27 +12,35 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_LOSSES = ("loss", "L1", "L2", "L3")
+_DEFECTS = {"defect_A": "defect A", "defect_B": "defect B"}
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows the terms of the loss and the speed while the Trainer runs; keeps the last log."""
+    """Shows the terms of the loss, how far A and B are from orthonormal, the speed and the time
+    that is left, while the Trainer runs."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.last: dict[str, float] = {}
         self._bar: Progress | None = None
         self._task: Any = None
+        self._first_step, self._started = 0, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self._first_step, self._started = state.global_step, time.perf_counter()
         if self.console.is_terminal:
-            self._bar = _bar(self.console, "{task.fields[terms]}")
+            terms = TextColumn("{task.fields[terms]}", table_column=Column(ratio=1))  # may wrap
+            self._bar = _bar(self.console, terms)
             self._bar.start()
             self._task = self._bar.add_task(
                 "training", total=state.max_steps, completed=state.global_step, terms=""
@@ -53,15 +62,22 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if "loss" in logs:
-            self.last = logs
-            terms = _terms(logs)
+            terms = describe(logs)
             if self._bar:
                 self._bar.update(self._task, terms=terms)
             else:
-                self.console.print(f"step {state.global_step}/{state.max_steps}  {terms}")
-        elif "eval_loss" in logs:
-            text = f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}"
-            self.console.print(text)
+                left = duration(self._seconds_left(state))
+                self.console.print(
+                    f"step {state.global_step}/{state.max_steps}  {terms}  {left} left"
+                )
+        elif measured := {k[5:]: v for k, v in logs.items() if k.startswith("eval_")}:
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in measured.items())
+            self.console.print(f"step {state.global_step}: held-out {shown}")
+
+    def _seconds_left(self, state: TrainerState) -> float:
+        done = state.global_step - self._first_step
+        elapsed = time.perf_counter() - self._started
+        return elapsed / max(1, done) * (state.max_steps - state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -75,10 +91,18 @@ class ProgressCallback(TrainerCallback):
             self._bar = None
 
 
-def _terms(logs: dict[str, float]) -> str:
-    names = ("loss", "L1", "L2", "L3")
-    terms = [f"{name} {logs[name]:.4f}" for name in names if name in logs]
+def describe(logs: Mapping[str, float]) -> str:
+    """One log in a line."""
+    terms = [f"{name} {logs[name]:.4f}" for name in _LOSSES if name in logs]
+    terms += [f"{shown} {logs[name]:.3f}" for name, shown in _DEFECTS.items() if name in logs]
     return "  ".join([*terms, f"{logs.get('tokens_per_s', 0):.0f} tokens/s"])
+
+
+def duration(seconds: float) -> str:
+    """Such as 1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 @contextmanager
@@ -93,14 +117,15 @@ def counting(console: Console, description: str) -> Iterator[Callable[[int, int]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _bar(console: Console, *columns: str, transient: bool = False) -> Progress:
+def _bar(console: Console, *columns: ProgressColumn, transient: bool = False) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         *columns,
         console=console,
         transient=transient,
+        expand=bool(columns),
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,25 +16,31 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    is_tensorboard_available,
+)
 
 from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.lora import Adapter
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.base_model.source import resolve
-from kasa_runtime.errors import AdapterError, ConfigError
-from kasa_runtime.training import checkpoints
+from kasa_runtime.errors import AdapterError, ConfigError, TrainingError
+from kasa_runtime.training import workdir
 from kasa_runtime.training.base import TORCH_DTYPES, load_model, load_tokenizer, tails_of
-from kasa_runtime.training.card import Facts, render
+from kasa_runtime.training.card import Facts, render, summary
 from kasa_runtime.training.config import RunConfig
 from kasa_runtime.training.examples import Examples
 from kasa_runtime.training.export import load_into, to_adapter
 from kasa_runtime.training.journal import Journal
+from kasa_runtime.training.labels import Labels
 from kasa_runtime.training.layers import KasaLinear, attach
 from kasa_runtime.training.progress import ProgressCallback, counting
 from kasa_runtime.training.report import write_report
 from kasa_runtime.training.rows import Row, read_rows, sample, shuffled
+from kasa_runtime.training.selection import check_selection
 from kasa_runtime.training.targets import plan
 from kasa_runtime.training.tasks import make_task
 from kasa_runtime.training.tasks.base import Outcome, Task
@@ -72,6 +77,8 @@ def train(config: RunConfig, console: Console) -> Facts:
         torch.set_num_threads(config.train.threads)
     if not PartialState().is_main_process:
         console = Console(quiet=True)
+    check_selection(config)
+    workdir.starting_point(config)  # fails here rather than after the baselines
     task = make_task(config)
     directory = resolve(config.model.name)
     data = load_data(config, task, directory)
@@ -82,12 +89,17 @@ def train(config: RunConfig, console: Console) -> Facts:
     layers = attach_layers(config, task, base)
     num_parameters = sum(p.numel() for p in trainable(base.model).values())
     console.print(f"training {num_parameters:,} parameters in {len(layers)} layers")
-    training = optimise(config, task, base, data, layers, console)
+    try:
+        training = optimise(config, task, base, data, layers, console)
+    except TrainingError:
+        _report(config, {}, console)  # of use above all when something went wrong
+        raise
     write(config, task, base, layers, training)
     outcomes |= measure_adapter(config, task, base, data, layers, console)
-    facts = _facts(task, data, layers, outcomes, training)
+    facts = _facts(task, base, data, layers, outcomes, training)
     write(config, task, base, layers, training, facts)
     _write_results(config, facts, outcomes)
+    _report(config, summary(config, facts), console)
     return facts
 
 
@@ -173,8 +185,12 @@ def optimise(
     layers: Mapping[str, KasaLinear],
     console: Console,
 ) -> dict[str, Any]:
-    """Train `layers`; returns the summary that goes into the sidecar."""
-    progress, journal = ProgressCallback(console), Journal(config.work_dir, layers)
+    """Train `layers`; returns the summary that goes into the sidecar. Where there is a
+    `best_metric`, the layers have the weights of the best step afterwards."""
+    progress = ProgressCallback(console)
+    start = workdir.claim(config)
+    if config.train.resume:
+        console.print(f"going on from {start}" if start else "no checkpoint, starting at step 0")
     trainer = KasaTrainer(
         base.model,
         config,
@@ -182,20 +198,23 @@ def optimise(
         list(layers.values()),
         train=data.train,
         held_out=data.held_out,
-        callbacks=[progress, journal],
+        callbacks=[progress, Journal(config.work_dir, layers), *_tensorboard(config)],
     )
-    started = time.perf_counter()
     with _stopping(progress):
-        trainer.train(resume_from_checkpoint=_checkpoint(config, console))
-    if trainer.state.is_world_process_zero:
-        write_report(config.work_dir, title=config.name)
-    losses = {name: progress.last[name] for name in ("L1", "L2", "L3") if name in progress.last}
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+    kept = trainer.keep_best()
+    if kept != trainer.state.global_step:
+        console.print(f"kept step {kept}, the best in {config.train.best_metric}")
+    history = trainer.state.log_history
+    last = next((logs for logs in reversed(history) if "L1" in logs), {})
     return {
         "steps": trainer.state.global_step,
-        "seconds": round(time.perf_counter() - started, 1),
+        "kept_step": kept,
+        "seconds": round(trainer.train_s, 1),
         "rows": data.train.num_rows,
         "tokens": data.train.num_tokens,
-        "losses": {name: round(value, 5) for name, value in losses.items()},
+        "processes": PartialState().num_processes,
+        "losses": {name: round(last[name], 5) for name in ("L1", "L2", "L3") if name in last},
         **{
             key: getattr(config.train, key)
             for key in ("seed", "learning_rate", "batch_size", "accumulation", "epochs")
@@ -211,15 +230,23 @@ def _stopping(progress: ProgressCallback) -> Iterator[None]:
         progress.stop()
 
 
-def _checkpoint(config: RunConfig, console: Console) -> str | None:
-    """The newest whole checkpoint where one is wanted."""
-    if not config.train.resume:
-        return None
-    found = checkpoints.newest(config.work_dir)
-    if found is None:
-        console.print(f"{config.work_dir}: no checkpoint yet, starting at the first step")
-        return None
-    return str(found)
+def _tensorboard(config: RunConfig) -> list[TrainerCallback]:
+    """Where it is installed."""
+    if not is_tensorboard_available():
+        return []
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(config.work_dir / "tensorboard")
+    return [callback]
+
+
+def _report(config: RunConfig, facts: Mapping[str, str], console: Console) -> None:
+    if not PartialState().is_main_process:
+        return
+    path = write_report(config.work_dir, title=config.output.title or config.name, facts=facts)
+    if path:
+        console.print(f"report: {path}")
+    else:
+        console.print("report: left out, matplotlib is missing; pip install 'kasa-runtime[train]'")
 
 
 def write(
@@ -247,7 +274,11 @@ def write(
     )
     readme = render(config, facts) if facts else None
     dtype = TORCH_DTYPES[config.output.dtype]
-    checkpoint.write(config.output.dir, adapter, dtype=dtype, readme=readme)
+    try:
+        checkpoint.write(config.output.dir, adapter, dtype=dtype, readme=readme)
+    except OSError as error:
+        raise TrainingError(f"{config.output.dir}: cannot be written ({error})") from error
+    workdir.finish(config)
 
 
 def saved_whole(model: PreTrainedModel, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -261,6 +292,7 @@ def saved_whole(model: PreTrainedModel, names: Sequence[str]) -> dict[str, torch
 
 def _facts(
     task: Task,
+    base: Base,
     data: Datasets,
     layers: Mapping[str, KasaLinear],
     outcomes: Mapping[str, Outcome],
@@ -271,18 +303,29 @@ def _facts(
         example = (task.question(data.test[0]), outcomes[ADAPTER].predictions[0])
     return Facts(
         num_train_rows=data.train.num_rows,
+        num_train_sequences=len(data.train),
         num_train_tokens=data.train.num_tokens,
         num_too_long=data.train.num_too_long,
         num_test_rows=len(data.test),
         num_all_test_rows=data.num_test_rows,
         num_steps=training["steps"],
+        kept_step=training["kept_step"],
+        num_processes=training["processes"],
         train_seconds=training["seconds"],
         num_parameters=sum(p.numel() for layer in layers.values() for p in layer.parameters()),
         num_modules=len(layers),
+        trained_whole=tuple(task.trained_whole),
+        labels=task_labels(task),
         final_losses=training["losses"],
         metrics={way: outcome.metrics for way, outcome in outcomes.items()},
         example=example,
     )
+
+
+def task_labels(task: Task) -> tuple[str, ...]:
+    """What the answers are called, of a classification."""
+    labels = getattr(task, "labels", None)
+    return labels.names if isinstance(labels, Labels) else ()
 
 
 def _write_results(config: RunConfig, facts: Facts, outcomes: Mapping[str, Outcome]) -> None:
@@ -293,6 +336,9 @@ def _write_results(config: RunConfig, facts: Facts, outcomes: Mapping[str, Outco
         "facts": asdict(facts),
         "predictions": {way: list(outcome.predictions) for way, outcome in outcomes.items()},
     }
-    config.work_dir.mkdir(parents=True, exist_ok=True)
     path = config.work_dir / "results.json"
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    try:
+        config.work_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written ({error})") from error

@@ -14,25 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.trainer_callback import PrinterCallback
 
 from kasa_runtime.errors import TrainingError
-from kasa_runtime.training.config import Dtype, MethodSection, RunConfig, Schedule
+from kasa_runtime.training import checkpoints
+from kasa_runtime.training.config import Dtype, RunConfig, Schedule
 from kasa_runtime.training.examples import IGNORED, Collator, Examples
 from kasa_runtime.training.initialisation import retract
 from kasa_runtime.training.layers import KasaLinear
 from kasa_runtime.training.loss import OrthoForm, defects, singular_value_loss
+from kasa_runtime.training.order import EpochOrder
 from kasa_runtime.training.rows import Row
+from kasa_runtime.training.selection import LOWER_IS_BETTER, Selection, unknown_metric
 from kasa_runtime.training.tasks.base import Task
 
 CHECKPOINT_FILE = "trainable.safetensors"
-
-LOWER_IS_BETTER = ("loss", "perplexity")
 
 _SCHEDULES = {
     Schedule.COSINE: "cosine",
@@ -63,19 +65,19 @@ class KasaTrainer(Trainer):
             data_collator=Collator(task.pad_id),
             train_dataset=train,
             eval_dataset=Examples([], num_rows=0) if held_out else None,
-            callbacks=[*callbacks, *_method_callbacks(config.method, layers)],
+            callbacks=[*callbacks, *_own_callbacks(config, layers)],
         )
         self.remove_callback(PrinterCallback)
         self.base = model  # `self.model` may become a wrapper
-        self.task, self.method, self.layers = task, config.method, layers
+        self.config, self.task, self.method, self.layers = config, task, config.method, layers
         self.held_out_rows = held_out
         self.extra_loss = extra_loss
         self.loss_is_scaled_for_ga = True  # compute_loss divides by what is in all micro-batches
         self._num_micro_batches = 1
         self._terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        self._logged_step = 0
         self._num_tokens = 0
-        self._since = time.perf_counter()
+        self._since_step = -1  # the log's means are over the steps after it; -1: nothing added yet
+        self._since = 0.0
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -84,6 +86,8 @@ class KasaTrainer(Trainer):
         devices: L1 is a mean over these, so that accumulation and devices do not change it."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._num_micro_batches = max(1, len(batches))
+        if self._since_step < 0:
+            self._since_step, self._since = self.state.global_step, time.perf_counter()
         count = torch.tensor(sum(_num_items(batch) for batch in batches), device=device)
         return batches, self.accelerator.gather(count).sum()
 
@@ -132,7 +136,8 @@ class KasaTrainer(Trainer):
             shown = ", ".join(f"{name} = {value.item():g}" for name, value in terms.items())
             raise TrainingError(
                 f"step {self.state.global_step}: the loss is not finite ({shown}); lower [train] "
-                f"learning_rate (now {self.args.learning_rate:g}) or use model.dtype = float32"
+                f"learning_rate (now {self.args.learning_rate:g}) or use model.dtype = float32; "
+                f"{checkpoints.describe_newest(self.config.work_dir)}"
             )
 
     def evaluate(
@@ -143,27 +148,38 @@ class KasaTrainer(Trainer):
     ) -> dict[str, float]:
         """What the task measures on the held-out rows, on every device the same. L1 alone:
         penalties say nothing about them."""
+        started = time.perf_counter()
         measured = self.task.held_out(self.base, self.held_out_rows)
+        best_metric = self.args.metric_for_best_model
+        if best_metric and best_metric not in measured:
+            raise unknown_metric(best_metric, list(measured))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
-        self._since = time.perf_counter()
+        self._since += time.perf_counter() - started
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the loss's terms, and tokens per second, since the last log."""
-        steps = self.state.global_step - self._logged_step
+        """Adds the means of the loss's terms, and tokens per second, since the last log, and the
+        seconds of training so far, of a resumed run all of them."""
+        steps = self.state.global_step - self._since_step
         if "loss" in logs and self._terms and steps > 0:
+            now = time.perf_counter()
+            seconds, self._since = now - self._since, now
             mean = self._over_devices({k: v / steps for k, v in self._terms.items()})
-            seconds = time.perf_counter() - self._since
             tokens = self._num_tokens * self.accelerator.num_processes
-            logs |= mean | {"tokens_per_s": tokens / seconds}
+            logs |= mean | {"tokens_per_s": tokens / seconds, "train_s": self.train_s + seconds}
             self._terms.clear()
-            self._num_tokens, self._since = 0, time.perf_counter()
-            self._logged_step = self.state.global_step
+            self._num_tokens, self._since_step = 0, self.state.global_step
         super().log(logs, start_time)
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of training up to the last log, measurements left out."""
+        history = reversed(self.state.log_history)
+        return next((float(logs["train_s"]) for logs in history if "train_s" in logs), 0.0)
 
     def _over_devices(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
         values = torch.stack(list(terms.values())).to(self.args.device)[None]
@@ -172,8 +188,35 @@ class KasaTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         assert isinstance(self.train_dataset, Examples)
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochOrder(self.train_dataset, group=group, seed=self.args.seed)
+        per_epoch = steps_per_epoch(self.config, len(self.train_dataset))
+        return EpochOrder(
+            self.train_dataset,
+            group=rows_per_step(self.config),
+            seed=self.args.seed,
+            epoch=lambda: self.state.global_step // per_epoch,
+        )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Theirs, then marked as whole. Raises TrainingError where the disk is full."""
+        work_dir, step = self.config.work_dir, self.state.global_step
+        directory = checkpoints.directory_of(work_dir, step)
+        with checkpoints.writing(directory, is_main=self.args.should_save):
+            super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.mark_complete(directory)
+        if self.args.should_save:
+            keep = self.config.train.keep_checkpoints
+            checkpoints.rotate(work_dir, keep, self.state.best_global_step)
+
+    def keep_best(self) -> int:
+        """After `train`: give the model the weights of the best checkpoint, where the run has a
+        `best_metric`. Returns the step whose weights it now has."""
+        best = self.state.best_global_step
+        if not self.args.metric_for_best_model or not best or best == self.state.global_step:
+            return self.state.global_step
+        self._load_from_checkpoint(str(checkpoints.directory_of(self.config.work_dir, best)))
+        return best
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
@@ -182,7 +225,8 @@ class KasaTrainer(Trainer):
         if bad := [name for name, value in parameters.items() if not value.isfinite().all()]:
             raise TrainingError(
                 f"step {self.state.global_step}: {bad[0]} is not finite, so this step is not "
-                f"saved; lower [train] learning_rate (now {self.args.learning_rate:g})"
+                f"saved; lower [train] learning_rate (now {self.args.learning_rate:g}); "
+                f"{checkpoints.describe_newest(self.config.work_dir)}"
             )
         directory = Path(output_dir or self.args.output_dir or ".")
         directory.mkdir(parents=True, exist_ok=True)
@@ -194,47 +238,16 @@ class KasaTrainer(Trainer):
         path = Path(resume_from_checkpoint) / CHECKPOINT_FILE
         if not path.is_file():
             raise TrainingError(f"{path}: want a checkpoint of this command, found none")
-        saved, current = load_file(path), trainable(self.base)
+        try:
+            saved, current = load_file(path), trainable(self.base)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"{path}: cannot be read ({error})") from error
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in current.items()}:
             raise TrainingError(
                 f"{path}: made with other [method] settings; remove it or set train.resume=false"
             )
         for name, parameter in current.items():
             parameter.copy_(saved[name])
-
-
-class EpochOrder(Sampler[int]):
-    """Rows in an order that depends on the seed and the epoch alone, so a resumed run sees what an
-    unbroken one would. Rows of like length stand together, in groups of `group` rows that are
-    shuffled, the longest first: a batch that does not fit fails at once."""
-
-    def __init__(self, examples: Examples, *, group: int, seed: int) -> None:
-        self.lengths = [len(example) for example in examples.examples]
-        self.group, self.seed, self.epoch = group, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        span = self.group * _GROUPS_SORTED_TOGETHER
-        spans = [order[start : start + span] for start in range(0, len(order), span)]
-        by_length = [i for s in spans for i in sorted(s, key=lambda i: -self.lengths[i])]
-        groups = [by_length[i : i + self.group] for i in range(0, len(by_length), self.group)]
-        whole = [g for g in groups if len(g) == self.group]
-        rest = [g for g in groups if len(g) < self.group]
-        shuffle = torch.randperm(len(whole), generator=generator).tolist()
-        longest = max(range(len(whole)), key=lambda g: self.lengths[whole[g][0]], default=0)
-        first = [whole[longest]] if whole else []
-        others = [whole[g] for g in shuffle if g != longest]
-        return iter([i for g in [*first, *others, *rest] for i in g])
-
-
-_GROUPS_SORTED_TOGETHER = 50
 
 
 class _Retraction(TrainerCallback):
@@ -250,9 +263,13 @@ class _Retraction(TrainerCallback):
             layer.lora_B.copy_(retract(layer.lora_B.T).T)
 
 
-def _method_callbacks(method: MethodSection, layers: Sequence[KasaLinear]) -> list[TrainerCallback]:
-    retracts = method.is_kasa and method.ortho_form is OrthoForm.QR
-    return [_Retraction(layers)] if retracts and layers else []
+def _own_callbacks(config: RunConfig, layers: Sequence[KasaLinear]) -> list[TrainerCallback]:
+    found: list[TrainerCallback] = []
+    if config.method.is_kasa and config.method.ortho_form is OrthoForm.QR and layers:
+        found.append(_Retraction(layers))
+    if config.train.best_metric:
+        found.append(Selection(config.train.best_metric, config.train.patience))
+    return found
 
 
 def _num_items(batch: Mapping[str, Tensor]) -> int:
@@ -276,8 +293,7 @@ def training_arguments(
     """Our `[train]` in transformers' terms."""
     train = config.train
     steps = train.max_steps or num_steps(config, num_examples)
-    by_steps = "steps" if train.eval_steps else "epoch"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(config.work_dir),
         per_device_train_batch_size=train.batch_size,
         per_device_eval_batch_size=train.batch_size,
@@ -295,10 +311,12 @@ def training_arguments(
         logging_steps=train.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if train.save_steps else "no",
+        # `best`: where a measurement is better than all before. Of "epoch", the measurement would
+        # come after the checkpoint of the same step, and a resumed run would lack it.
+        save_strategy="steps" if train.save_steps else "best" if train.best_metric else "no",
         save_steps=train.save_steps or 500,
-        eval_strategy=by_steps if evaluates else "no",
-        eval_steps=train.eval_steps or None,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=train.eval_steps or steps_per_epoch(config, num_examples),
         metric_for_best_model=train.best_metric or None,
         greater_is_better=train.best_metric not in LOWER_IS_BETTER,
         remove_unused_columns=False,
@@ -306,11 +324,25 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
-        report_to=["tensorboard"] if is_tensorboard_available() else "none",
+        ddp_broadcast_buffers=False,  # the frozen weights are buffers, and the same everywhere
+        report_to="none",
     )  # fmt: skip
+    # Several GPUs and one process: transformers would split each batch among threads, which hold
+    # copies of the model that our layers and our loss know nothing of.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def num_steps(config: RunConfig, num_examples: int) -> int:
-    """Optimiser steps that `epochs` passes over the examples take on one device."""
-    per_epoch = -(-num_examples // (config.train.batch_size * config.train.accumulation))
-    return max(1, round(config.train.epochs * per_epoch))
+    """Optimiser steps that `epochs` passes over the examples take on all processes together."""
+    return max(1, round(config.train.epochs * steps_per_epoch(config, num_examples)))
+
+
+def steps_per_epoch(config: RunConfig, num_examples: int) -> int:
+    return -(-num_examples // rows_per_step(config))
+
+
+def rows_per_step(config: RunConfig) -> int:
+    """Over all micro-batches and processes."""
+    num_processes: int = PartialState().num_processes
+    return config.train.batch_size * config.train.accumulation * num_processes
