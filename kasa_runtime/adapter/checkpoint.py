@@ -2,7 +2,8 @@
 
     <name>/adapter_config.json          PEFT's LoraConfig, with `kasa_config` for KaSA
     <name>/adapter_model.safetensors    base_model.model.<layer>.lora_A.weight (r, in),
-                                        .lora_B.weight (out, r) and .lora_diag (r,)
+                                        .lora_B.weight (out, r) and .lora_diag (r,);
+                                        base_model.model.<tensor> of modules trained whole
     <name>/kasa_meta.json               our sidecar, optional
     <name>/README.md                    model card, optional
 
@@ -17,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from kasa_runtime.adapter.config import (
 )
 from kasa_runtime.adapter.kasa import TruncationRule, truncation_count
 from kasa_runtime.adapter.lora import Adapter, ModuleWeights
+from kasa_runtime.adapter.saved import check_saved
 from kasa_runtime.errors import AdapterInvalid, BaseMismatch
 from kasa_runtime.types import AdapterMethod
 
@@ -57,8 +60,9 @@ _TENSOR = re.compile(
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def read(directory: Path, base: BaseModel) -> Adapter:
-    """The adapter in `directory`, checked against `base`; tensors in float32 on the CPU.
+def read(directory: Path, base: BaseModel, *, to_serve: bool = False) -> Adapter:
+    """The adapter in `directory`, checked against `base`; tensors in float32 on the CPU. `to_serve`
+    refuses what an engine cannot apply: modules that were trained whole.
 
     Raises AdapterInvalid (cannot be read or applied exactly) or BaseMismatch (made for other
     weights)."""
@@ -66,6 +70,12 @@ def read(directory: Path, base: BaseModel) -> Adapter:
     has_diagonal = any(name.endswith(".lora_diag") for name in tensors)
     raw = _read_json(directory / CONFIG_FILE)
     config = parse_config(raw, has_diagonal=has_diagonal)
+    if to_serve and config.modules_to_save:
+        raise AdapterInvalid(
+            f"holds modules that were trained whole ({', '.join(config.modules_to_save)}), as a "
+            "classifier's head is; a server generates text and has no use for them: `kasa adapters "
+            "export` writes the adapter for other tools"
+        )
     meta = _read_meta(directory, raw, has_diagonal=has_diagonal)
     if meta.base_fingerprint and meta.base_fingerprint != base.fingerprint:
         raise BaseMismatch(
@@ -76,15 +86,26 @@ def read(directory: Path, base: BaseModel) -> Adapter:
     saved = {
         name: tensors.pop(key)
         for key in list(tensors)
-        if config.saves((name := key.removeprefix(PREFIX)).rpartition(".")[0])
+        if key.startswith(PREFIX)
+        and not _TENSOR.fullmatch(key)
+        and config.saves((name := key.removeprefix(PREFIX)).rpartition(".")[0])
     }
     modules = {
         name: _module_weights(name, parts, config, base)
         for name, parts in _by_module(tensors).items()
     }
     _require_every_target(config, modules, base)
+    check_saved(saved, config, base)
     truncation = {name: _truncation(config, meta, name, base.modules[name]) for name in modules}
+    transposed = any(base.modules[name].transposed for name in modules)
+    config = replace(config, fan_in_fan_out=transposed)
     return Adapter(config, meta, modules, truncation, saved)
+
+
+def task_type(directory: Path) -> str:
+    """PEFT's name for what the adapter in `directory` was trained for, "" where it does not say.
+    Raises AdapterInvalid."""
+    return str(_read_json(directory / CONFIG_FILE).get("task_type") or "")
 
 
 def write(
@@ -95,7 +116,7 @@ def write(
     readme: str | None = None,
 ) -> None:
     """Write `adapter` as an adapter directory, each file by rename. PEFT reads it where PEFT can
-    express it."""
+    express it. `dtype` is of the low-rank factors; modules that were trained whole stay float32."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, weights in sorted(adapter.modules.items()):
@@ -104,10 +125,9 @@ def write(
         tensors[f"{prefix}.lora_B.weight"] = weights.b
         if weights.diag is not None:
             tensors[f"{prefix}.lora_diag"] = weights.diag
-    tensors.update({f"{PREFIX}{name}": tensor for name, tensor in adapter.saved.items()})
-    payload = save(
-        {k: v.detach().to("cpu", dtype).contiguous() for k, v in tensors.items()}, {"format": "pt"}
-    )
+    tensors = {key: _stored(tensor, dtype) for key, tensor in tensors.items()}
+    tensors |= {f"{PREFIX}{k}": _stored(v, torch.float32) for k, v in adapter.saved.items()}
+    payload = save(tensors, {"format": "pt"})
     _write_file(directory / WEIGHTS_FILE, payload)
     config = config_json(adapter.config, peft_can_serve=peft_can_serve(adapter))
     _write_file(directory / CONFIG_FILE, config.encode())
@@ -117,10 +137,12 @@ def write(
 
 
 def peft_can_serve(adapter: Adapter) -> bool:
-    """Whether PEFT, which always truncates r components by `min_dim`, would apply this adapter
-    exactly."""
+    """Whether PEFT, which always truncates r components by `min_dim` and knows no KaSA of weights
+    that are stored (in, out), would apply this adapter exactly."""
     if adapter.method is AdapterMethod.LORA:
         return True
+    if adapter.config.fan_in_fan_out:
+        return False
     meta = adapter.meta
     return meta.truncation_rule is TruncationRule.MIN_DIM and all(
         meta.truncation_rank_of(name, adapter.config.rank_of(name)) == adapter.config.rank_of(name)
@@ -266,6 +288,10 @@ def _no_truncation(meta: AdapterMeta) -> int:
             "tensors a plain LoRA, which has none; are they of the same adapter?"
         )
     return 0
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to("cpu", dtype).contiguous()
 
 
 def _write_file(path: Path, data: bytes) -> None:

@@ -2,8 +2,7 @@
 by key.
 
 Whatever would change the adapter's meaning and is not applied here exactly is refused by name: an
-unknown key with a value, DoRA, a trained bias, whole modules saved beside the deltas, an
-initialisation that rewrote the base.
+unknown key with a value, DoRA, a trained bias, an initialisation that rewrote the base.
 """
 
 from __future__ import annotations
@@ -56,6 +55,7 @@ class AdapterConfig:
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
     modules_to_save: tuple[str, ...] = ()  # trained whole: ends of module paths
+    fan_in_fan_out: bool = False  # the base stores its weights (in, out): it says so, not the file
     base_model_name: str = ""
     task_type: str = "CAUSAL_LM"
 
@@ -70,7 +70,7 @@ class AdapterConfig:
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would adapt a layer of this path."""
-        if self.saves(module):
+        if self.saves_exactly(module):
             return False
         if _matches(self.exclude_modules, module) or not _matches(self.target_modules, module):
             return False
@@ -79,9 +79,15 @@ class AdapterConfig:
         index = regex.search(r"\.(?:layers|h|blocks?)\.(\d+)\.", f".{module}.")
         return index is not None and int(index[1]) in self.layers_to_transform
 
-    def saves(self, module: str) -> bool:
-        """Whether the module at this path, or one that it is in, was trained whole."""
-        return any(f".{name}." in f".{module}." for name in self.modules_to_save)
+    def saves(self, path: str) -> bool:
+        """Whether PEFT would take what is at this path for a module that was trained whole, or a
+        part of one: for `classifier` also `pre_classifier`."""
+        return any(f"{name}." in f"{path}." for name in self.modules_to_save)
+
+    def saves_exactly(self, path: str) -> bool:
+        """Whether `modules_to_save` has the name of the module at this path, or of one that it is
+        in."""
+        return any(f".{name}." in f".{path}." for name in self.modules_to_save)
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def parse_config(raw: Mapping[str, Any], *, has_diagonal: bool) -> AdapterConfig
         lora_dropout=_number(raw.get("lora_dropout") or 0.0, "lora_dropout"),
         exclude_modules=_names(raw.get("exclude_modules") or (), "exclude_modules"),
         layers_to_transform=_layer_indices(raw.get("layers_to_transform")),
-        modules_to_save=tuple(_names(raw.get("modules_to_save") or (), "modules_to_save")),
+        modules_to_save=_module_names(raw.get("modules_to_save")),
         base_model_name=str(raw.get("base_model_name_or_path") or ""),
         task_type=str(raw.get("task_type") or "CAUSAL_LM"),
     )  # fmt: skip
@@ -175,9 +181,9 @@ def parse_meta(
 def config_json(config: AdapterConfig, *, peft_can_serve: bool) -> str:
     """`adapter_config.json` as PEFT 0.21 writes it.
 
-    PEFT derives the truncation from r alone. Where ours is another one, `peft_type` is "KASA",
-    which PEFT refuses, rather than "LORA", with which it would apply the wrong truncation without a
-    word."""
+    PEFT derives the truncation from r alone, and from no weight that is stored (in, out). What it
+    would not apply exactly has the `peft_type` "KASA", which it refuses, rather than "LORA", with
+    which it would apply the wrong truncation without a word."""
     kasa = config.method is AdapterMethod.KASA
     names = config.target_modules
     raw = {
@@ -195,7 +201,7 @@ def config_json(config: AdapterConfig, *, peft_can_serve: bool) -> str:
         "alpha_pattern": {k: _plain_number(v) for k, v in config.alpha_pattern.items()},
         "use_rslora": config.use_rslora,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": config.fan_in_fan_out,
         "init_lora_weights": True,
         "modules_to_save": list(config.modules_to_save) or None,
         "use_dora": False,
@@ -299,6 +305,14 @@ def _names(value: Any, key: str) -> str | tuple[str, ...]:
     raise AdapterInvalid(
         f"adapter_config.json: {key} must be a string or a list of strings, got {value!r}"
     )
+
+
+def _module_names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value or [], list):
+        raise AdapterInvalid(
+            f"adapter_config.json: modules_to_save must be a list of strings, got {value!r}"
+        )
+    return tuple(_names(value or [], "modules_to_save"))
 
 
 def _layer_indices(value: Any) -> tuple[int, ...]:

@@ -461,7 +461,7 @@ class AdapterManager:
             raise AdapterInvalid(
                 f"{key}: its files changed on disk after they were checked", name=info.name
             )
-        return fold(checkpoint.read(stored.directory, self._base), key)
+        return fold(self._servable(stored.directory), key)
 
     def _warm_tails(self, weights: AdapterWeights) -> None:
         for name, delta in weights.modules.items():
@@ -469,11 +469,14 @@ class AdapterManager:
                 self._tails.get(name, delta.t)
 
     def _verify(self, directory: Path) -> None:
-        fold(checkpoint.read(directory, self._base), "verify")
+        fold(self._servable(directory), "verify")
+
+    def _servable(self, directory: Path) -> Adapter:
+        return checkpoint.read(directory, self._base, to_serve=True)
 
     def _inspect(self, stored: StoredVersion) -> AdapterInfo:
         try:
-            adapter = checkpoint.read(stored.directory, self._base)
+            adapter = self._servable(stored.directory)
         except AdapterError as error:
             error.name = stored.name
             raise

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from kasa_runtime.adapter.base import BaseModel
 
 directory_argument = click.argument(
     "directory", type=click.Path(exists=True, file_okay=False, path_type=Path)
@@ -18,16 +22,15 @@ model_option = click.option(
 @directory_argument
 @model_option
 def verify(directory: Path, model: str) -> None:
-    """Check that DIRECTORY holds an adapter that can be served exactly on the base model."""
+    """Check that DIRECTORY holds an adapter that can be applied exactly to the base model."""
     from kasa_runtime.adapter import checkpoint
-    from kasa_runtime.adapter.base import BaseModel
-    from kasa_runtime.base_model.source import resolve
 
-    adapter = checkpoint.read(directory, BaseModel(resolve(model)))
-    meta = adapter.meta
+    adapter = checkpoint.read(directory, _base(directory, model))
+    meta, whole = adapter.meta, {name.rpartition(".")[0] for name in adapter.saved}
     click.echo(
         f"{directory}: a {adapter.method} adapter of rank {adapter.config.r} on "
-        f"{len(adapter.modules)} layers, truncation {meta.truncation_rule} of rank "
+        f"{len(adapter.modules)} layers"
+        f"{''.join(f', {name} trained whole' for name in sorted(whole))}, truncation {meta.truncation_rule} of rank "
         f"{max(adapter.truncation.values(), default=0)}, base "
         f"{'checked' if meta.base_fingerprint else 'not recorded, only shapes checked'}"
     )
@@ -48,19 +51,28 @@ def verify(directory: Path, model: str) -> None:
 def export(directory: Path, target: Path, form: str, dtype: str, model: str) -> None:
     """Write the adapter in DIRECTORY to TARGET in a form that other engines serve exactly.
 
-    lora: a plain LoRA of rank r + t on the untouched base. merged: the whole model.
+    lora: a plain LoRA of rank r + t on the untouched base. merged: the whole model. A classifier's
+    head stays with it in both.
     """
     import torch
 
     from kasa_runtime.adapter.export import export_lora, export_merged
     from kasa_runtime.adapter.tails import TailCache
-    from kasa_runtime.base_model.source import resolve
 
     if target.exists():
         raise click.BadParameter(f"{target} exists", param_hint="TARGET")
-    tails = TailCache.for_model(resolve(model))
+    tails = TailCache(_base(directory, model))
     if form == "lora":
         export_lora(directory, target, tails, getattr(torch, dtype))
     else:
         export_merged(directory, target, tails)
     click.echo(str(target))
+
+
+def _base(directory: Path, model: str) -> BaseModel:
+    """The base model as what DIRECTORY was trained for sees it: a classifier has a head."""
+    from kasa_runtime.adapter import checkpoint
+    from kasa_runtime.adapter.base import BaseModel
+    from kasa_runtime.base_model.source import resolve
+
+    return BaseModel.for_task(resolve(model), checkpoint.task_type(directory))

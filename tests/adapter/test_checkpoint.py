@@ -371,7 +371,12 @@ class TestRefusedConfigs:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] cannot be"),
+            (
+                {"modules_to_save": ["lm_head"]},
+                "modules_to_save names lm_head, but lm_head.weight is",
+            ),
+            ({"modules_to_save": ["haed"]}, r"\['haed'\], the base has no such module"),
+            ({"modules_to_save": 3}, "modules_to_save must be a list of strings"),
             ({"use_dora": True}, "use_dora = True cannot be applied exactly"),
             ({"bias": "all"}, "bias"),
             ({"init_lora_weights": "pissa"}, "'pissa' rewrote the base"),

@@ -131,10 +131,34 @@ class TestTargets:
             ({"layers_to_transform": 3}, Q, True),
             ({"layers_to_transform": [0]}, "transformer.h.0.q_proj", True),
             ({"layers_to_transform": [0]}, "q_proj", False),
+            ({"modules_to_save": ["q_proj"]}, Q, False),
+            ({"modules_to_save": ["self_attn"]}, Q, False),
+            ({"modules_to_save": ["proj"]}, Q, True),
         ],
     )
     def test_names_layers_as_peft_does(self, changes, module, hit):
         assert parse(**changes).targets(module) is hit
+
+
+class TestModulesToSave:
+    @pytest.mark.parametrize(
+        ("path", "taken", "named"),
+        [
+            ("classifier", True, True),
+            ("model.classifier", True, True),
+            ("classifier.out_proj", True, True),  # a part of it
+            ("pre_classifier", True, False),  # PEFT asks for the end of a name
+            ("classifiers", False, False),
+            ("pooler.dense", False, False),
+        ],
+    )
+    def test_are_named_by_the_end_of_their_path(self, path, taken, named):
+        config = parse(modules_to_save=["classifier", "score"])
+        assert (config.saves(path), config.saves_exactly(path)) == (taken, named)
+
+    def test_none_is_none(self):
+        assert parse(modules_to_save=None).modules_to_save == ()
+        assert not parse(modules_to_save=[]).saves("classifier")
 
 
 class TestRefusals:
@@ -148,7 +172,9 @@ class TestRefusals:
             ({"bias": "lora_only"}, "lora_only"),
             ({"use_dora": True}, "use_dora = True"),
             ({"lora_bias": True}, "lora_bias = True"),
-            ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\]"),
+            ({"modules_to_save": "lm_head"}, "modules_to_save must be a list .*got 'lm_head'"),
+            ({"modules_to_save": {"lm_head": 1}}, "modules_to_save must be a list"),
+            ({"modules_to_save": [1]}, "modules_to_save must be"),
             ({"target_parameters": ["w"]}, "target_parameters"),
             ({"trainable_token_indices": [1]}, "trainable_token_indices"),
             ({"layer_replication": [[0, 2]]}, "layer_replication"),
@@ -302,6 +328,8 @@ class TestRoundTrip:
         lora_dropout=0.05,
         exclude_modules=("x",),
         layers_to_transform=(0, 2),
+        modules_to_save=("classifier", "score"),
+        task_type="SEQ_CLS",
         base_model_name="a/b",
     )
 

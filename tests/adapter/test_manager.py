@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from adapter.fake_host import FakeHost, Recorder
-from adapter.making import LAYER, edit_json, edit_tensors, write_adapter
+from adapter.making import LAYER, edit_json, edit_tensors, make_adapter, write_adapter
+from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter import manager as manager_module
 from kasa_runtime.adapter.checkpoint import CONFIG_FILE, META_FILE, WEIGHTS_FILE
 from kasa_runtime.adapter.manager import AdapterManager
@@ -939,7 +942,9 @@ class TestQuarantine:
             reads: list[Path] = []
             read = manager_module.checkpoint.read
             monkeypatch.setattr(
-                manager_module.checkpoint, "read", lambda d, b: reads.append(d) or read(d, b)
+                manager_module.checkpoint,
+                "read",
+                lambda d, b, **options: reads.append(d) or read(d, b, **options),
             )
             await bench.manager.rescan(settled=True)
             assert reads == []
@@ -1140,3 +1145,33 @@ async def test_stack_of_leases_closes_cleanly(start, put):
         assert [i.in_flight for i in bench.manager.list()] == [2, 1]
         await stack.aclose()
         assert [i.in_flight for i in bench.manager.list()] == [0, 0]
+
+
+class TestModulesTrainedWhole:
+    """No engine has a use for them, so an adapter that has some is refused by every way in."""
+
+    MESSAGE = r"trained whole \(lm_head\)"
+
+    @pytest.fixture
+    def with_head(self, base, tmp_path: Path) -> Path:
+        adapter = make_adapter(base, modules_to_save=("lm_head",))
+        saved = {"lm_head.weight": torch.zeros(128, 64)}
+        checkpoint.write(tmp_path / "head", replace(adapter, saved=saved))
+        assert checkpoint.read(tmp_path / "head", base).saved
+        return tmp_path / "head"
+
+    async def test_a_copy_of_it_is_quarantined(self, start, with_head, root):
+        shutil.copytree(with_head, root / "head")
+        async with start() as bench:
+            (info,) = bench.manager.list()
+            assert info.state is AdapterState.QUARANTINED
+            assert re.search(self.MESSAGE, info.reason)
+            with pytest.raises(AdapterQuarantined, match=self.MESSAGE):
+                async with bench.manager.lease("head"):
+                    pass
+
+    async def test_an_upload_of_it_is_refused(self, start, with_head):
+        async with start() as bench:
+            with pytest.raises(AdapterInvalid, match=self.MESSAGE):
+                await bench.upload(with_head, "head")
+            assert bench.manager.list() == []
