@@ -1,7 +1,8 @@
 """Tails on disk: computed once per base model and layer, read back ever after.
 
-`${KASA_HOME}/tails/<base fingerprint>/<layer>.safetensors` holds one layer's factors at some rank;
-every smaller rank is its last columns. A file appears by rename, so any number of processes may
+`${KASA_HOME}/tails/<base fingerprint>/<tensor>.safetensors` holds one layer's factors at some rank;
+every smaller rank is its last columns. It has the name of the layer's tensor in the base's files,
+so that an encoder and the classifier that is made of it share their tails. A file appears by rename, so any number of processes may
 compute and read at once.
 """
 
@@ -117,4 +118,5 @@ class TailCache:
                 staged.unlink()
 
     def _path(self, module: str) -> Path:
-        return self.directory / f"{module}.safetensors"
+        name = self.base.tensor_key(module).removesuffix(".weight")
+        return self.directory / f"{name}.safetensors"

@@ -159,6 +159,15 @@ class TestBase:
             BaseModel.for_task(tmp_path, "SEQ_CLS")
 
 
+class TestTails:
+    def test_are_shared_with_the_encoder(self, encoder, bert, monkeypatch, tmp_path):
+        monkeypatch.setenv("KASA_HOME", str(tmp_path))
+        tail = TailCache.for_model(encoder).get(QUERY.removeprefix("bert."), 4)
+        cache = TailCache(bert)
+        assert cache.cached_rank(QUERY) >= 4
+        assert torch.equal(cache.get(QUERY, 4).p, tail.p)
+
+
 class TestPeftsLayout:
     def test_is_what_peft_writes(self, bert, classifier, from_peft, tmp_path):
         checkpoint.write(tmp_path / "ours", classifier)
@@ -273,7 +282,7 @@ class TestRefused:
 
     def test_head_that_the_config_does_not_name(self, bert, written):
         edit_json(written / CONFIG_FILE, modules_to_save=None)
-        with pytest.raises(AdapterInvalid, match=r"unknown tensor .*classifier\.bias"):
+        with pytest.raises(AdapterInvalid, match=r"unknown tensor .*classifier\.(bias|weight)"):
             checkpoint.read(written, bert)
 
     def test_on_a_base_without_the_head(self, encoder, written):
