@@ -54,10 +54,9 @@ def plan(
     _check_retraction(method)
     config = adapter_config(method)
     try:
-        return [
-            _plan_layer(path, linears[path], method, config)
-            for path in select(model, linears, method.target_modules)
-        ]
+        paths = select(model, linears, method.target_modules)
+        _check_patterns(method, paths)
+        return [_plan_layer(path, linears[path], method, config) for path in paths]
     except AdapterInvalid as error:  # a pattern that is no regular expression
         raise ConfigError(f"[method] {str(error).removeprefix('adapter_config.json: ')}") from error
 
@@ -108,6 +107,18 @@ def _near(target: str, names: Iterable[str]) -> str:
     if near := difflib.get_close_matches(target.rpartition(".")[2], known, n=3, cutoff=0.5):
         return f"; near it: {', '.join(near)}; all names: {', '.join(known)}"
     return f"; names of linear layers: {', '.join(known)}"
+
+
+def _check_patterns(method: MethodSection, paths: list[str]) -> None:
+    """A pattern for no layer is a slip of the pen; PEFT only warns of it."""
+    patterns = {"rank_pattern": method.rank_pattern, "alpha_pattern": method.alpha_pattern}
+    for key, values in patterns.items():
+        for pattern in values:
+            ranks = AdapterConfig(1, 1, ALL_LINEAR, rank_pattern={pattern: 2})
+            if all(ranks.rank_of(path) == 1 for path in paths):
+                raise ConfigError(
+                    f"[method] {key}: no adapted layer matches {pattern!r}{_near(pattern, paths)}"
+                )
 
 
 def _check_retraction(method: MethodSection) -> None:
