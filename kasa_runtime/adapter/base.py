@@ -58,6 +58,11 @@ class BaseModel:
     def fingerprint(self) -> str:
         return fingerprint(self.directory)
 
+    @property
+    def tails_key(self) -> str:
+        """What tells its tails from those of other weights."""
+        return self.fingerprint
+
     @cached_property
     def modules(self) -> dict[str, LinearShape]:
         """Every linear layer, by its path in the transformers model, output embeddings included."""

@@ -2,8 +2,8 @@
 
 `${KASA_HOME}/tails/<base fingerprint>/<tensor>.safetensors` holds one layer's factors at some rank;
 every smaller rank is its last columns. It has the name of the layer's tensor in the base's files,
-so that an encoder and the classifier that is made of it share their tails. A file appears by rename, so any number of processes may
-compute and read at once.
+so that an encoder and the classifier that is made of it share their tails. A file appears by
+rename, so any number of processes may compute and read at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class TailCache:
 
     def __init__(self, base: BaseModel) -> None:
         self.base = base
-        self.directory = kasa_home() / "tails" / base.fingerprint
+        self.directory = kasa_home() / "tails" / base.tails_key
         self._memory: dict[str, Tail] = {}
         self._warned: set[tuple[str, int]] = set()
 

@@ -26,11 +26,11 @@ def verify(directory: Path, model: str) -> None:
     from kasa_runtime.adapter import checkpoint
 
     adapter = checkpoint.read(directory, _base(directory, model))
-    meta, whole = adapter.meta, {name.rpartition(".")[0] for name in adapter.saved}
+    meta, names = adapter.meta, sorted({name.rpartition(".")[0] for name in adapter.saved})
+    whole = "".join(f", {name} trained whole" for name in names)
     click.echo(
         f"{directory}: a {adapter.method} adapter of rank {adapter.config.r} on "
-        f"{len(adapter.modules)} layers"
-        f"{''.join(f', {name} trained whole' for name in sorted(whole))}, truncation {meta.truncation_rule} of rank "
+        f"{len(adapter.modules)} layers{whole}, truncation {meta.truncation_rule} of rank "
         f"{max(adapter.truncation.values(), default=0)}, base "
         f"{'checked' if meta.base_fingerprint else 'not recorded, only shapes checked'}"
     )

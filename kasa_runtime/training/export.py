@@ -5,7 +5,7 @@ The files are written and read by `adapter.checkpoint`, as a server reads them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.config import AdapterMeta
 from kasa_runtime.adapter.kasa import TruncationRule
 from kasa_runtime.adapter.lora import Adapter, ModuleWeights
@@ -27,15 +28,16 @@ def to_adapter(
     config: RunConfig,
     layers: Mapping[str, KasaLinear],
     *,
-    base_fingerprint: str,
+    base: BaseModel,
     summary: Mapping[str, Any],
     task_type: str = "CAUSAL_LM",
+    whole: Sequence[str] = (),
     saved: Mapping[str, Tensor] = MappingProxyType({}),
     start: Adapter | None = None,
 ) -> Adapter:
-    """The adapter that `layers` are, with `summary` as the account of its training. `saved`: the
-    tensors of modules that were trained whole, by their names in the model. `start`: the adapter
-    that this one goes on from."""
+    """The adapter that `layers` of `base` are, with `summary` as the account of its training.
+    `whole`: the modules that were trained whole, `saved`: their tensors, by their names in the
+    model. `start`: the adapter that this one goes on from."""
     method = config.method
     modules = {path: _weights(layer, as_kasa=method.is_kasa) for path, layer in layers.items()}
     shape = start.config if start else adapter_config(method)
@@ -46,13 +48,14 @@ def to_adapter(
         lora_dropout=method.dropout,
         base_model_name=base_name(config),
         task_type=task_type,
-        modules_to_save=tuple(sorted({name.rpartition(".")[0] for name in saved})),
+        modules_to_save=tuple(sorted(whole)),
+        fan_in_fan_out=any(base.modules[path].transposed for path in layers),
     )
     meta = replace(
         start.meta if start else _meta(config),
         ortho_form=method.ortho_form.value,
         reg_reduction=method.reg_reduction.value,
-        base_fingerprint=base_fingerprint,
+        base_fingerprint=base.fingerprint,
         training=dict(summary),
     )
     truncation = {path: layer.truncation_rank for path, layer in layers.items()}

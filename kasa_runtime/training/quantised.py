@@ -3,7 +3,6 @@ stand for."""
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,15 +33,15 @@ def quantisation(settings: ModelSection) -> dict[str, Any]:
 
 class QuantisedBase(BaseModel):
     """A base whose weights are those of a quantised model in memory: the tail is cut from what the
-    model computes with. Its tails are kept apart from those of the files."""
+    model computes with, and kept apart from that of the files, by which adapters know the base."""
 
     def __init__(self, base: BaseModel, model: nn.Module, settings: ModelSection) -> None:
         super().__init__(base.directory, architecture=base.architecture)
         self.model, self.suffix = model, settings.quantization.value
 
-    @cached_property
-    def fingerprint(self) -> str:
-        return f"{super().fingerprint}-{self.suffix}"
+    @property
+    def tails_key(self) -> str:
+        return f"{self.fingerprint}-{self.suffix}"
 
     def weight(self, module: str) -> Tensor:
         return dense_weight(self.model.get_submodule(module))

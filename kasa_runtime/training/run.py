@@ -23,11 +23,10 @@ from transformers.integrations.integration_utils import (
 )
 
 from kasa_runtime.adapter import checkpoint
-from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.lora import Adapter
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.base_model.source import resolve
-from kasa_runtime.errors import AdapterError, ConfigError, TrainingError
+from kasa_runtime.errors import TrainingError
 from kasa_runtime.training import workdir
 from kasa_runtime.training.base import TORCH_DTYPES, load_model, load_tokenizer, tails_of
 from kasa_runtime.training.card import Facts, render, summary
@@ -41,6 +40,7 @@ from kasa_runtime.training.progress import ProgressCallback, counting
 from kasa_runtime.training.report import write_report
 from kasa_runtime.training.rows import Row, read_rows, sample, shuffled
 from kasa_runtime.training.selection import check_selection
+from kasa_runtime.training.start import read_start
 from kasa_runtime.training.targets import plan
 from kasa_runtime.training.tasks import make_task
 from kasa_runtime.training.tasks.base import Outcome, Task
@@ -124,12 +124,8 @@ def load_base(config: RunConfig, task: Task, directory: Path) -> tuple[Base, Run
     set_seed(config.train.seed)  # a new head is drawn here
     model = load_model(directory, config.model, task)
     tails = tails_of(directory, model, config.model)
-    start = None
-    if config.method.init_from:
-        try:
-            start = checkpoint.read(config.method.init_from, tails.base)
-        except AdapterError as error:
-            raise ConfigError(f"[method] init_from: {config.method.init_from}: {error}") from error
+    start = read_start(config.method, tails.base, model, trained_whole=task.trained_whole)
+    if start:
         config = replace(config, method=replace(config.method, kind=start.method))
     return Base(directory, model, tails, start), config
 
@@ -266,9 +262,10 @@ def write(
     adapter = to_adapter(
         config,
         layers,
-        base_fingerprint=BaseModel(base.directory).fingerprint,
+        base=base.tails.base,
         summary=summary,
         task_type=task.task_type,
+        whole=task.trained_whole,
         saved=saved_whole(base.model, task.trained_whole),
         start=base.start,
     )
