@@ -126,13 +126,14 @@ def label_score(
     names: Sequence[str], predicted: Sequence[int], wanted: Sequence[int], num_labels: int
 ) -> dict[str, float]:
     """The named metrics of class indices, in percent. F1 is that of the last of two labels, and the
-    mean over labels where there are more."""
+    mean over labels where there are more. Matthews correlation is 0 where one side is constant."""
     metrics = _extra("sklearn.metrics")
+    one = len({*wanted, *predicted}) == 1
     f1 = {"average": "binary"} if num_labels == 2 else {"average": "macro"}
     scores: dict[str, Callable[[], Any]] = {
         "accuracy": lambda: metrics.accuracy_score(wanted, predicted),
         "f1": lambda: metrics.f1_score(wanted, predicted, zero_division=0, **f1),
-        "matthews": lambda: metrics.matthews_corrcoef(wanted, predicted),
+        "matthews": lambda: 0.0 if one else metrics.matthews_corrcoef(wanted, predicted),
     }
     return {name: round(100 * float(scores[name]()), 2) for name in names}
 

@@ -37,7 +37,7 @@ class Row:
             return template.format_map({**values, **more})
         except KeyError as error:
             raise self._lacks(str(error.args[0]), f", which {template!r} needs") from None
-        except (ValueError, IndexError, AttributeError) as error:
+        except (ValueError, IndexError, AttributeError, TypeError) as error:
             raise self.error(f"cannot fill in the template {template!r} ({error})") from None
 
     def get(self, field: str) -> Any:

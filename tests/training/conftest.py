@@ -1,4 +1,4 @@
-"""A tiny model in memory and on disk, and a writer of data files."""
+"""Tiny models in memory and on disk, and a writer of data files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .making import WriteRows, make_model, make_tokenizer
+from .making import (
+    WriteRows,
+    make_encoder,
+    make_encoder_tokenizer,
+    make_model,
+    make_tokenizer,
+)
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +35,16 @@ def model_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "tiny"
     make_model().save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def encoder_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny encoder on disk, without a head."""
+    monkeypatch.setenv("KASA_HOME", str(tmp_path / "home"))
+    directory = tmp_path / "encoder"
+    make_encoder().save_pretrained(directory)
+    make_encoder_tokenizer().save_pretrained(directory)
     return directory
 
 

@@ -66,6 +66,8 @@ class Chat:
         for index, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue
+            if index == 0:
+                raise row.error("the assistant begins; want a message before its first")
             if not message["content"].strip():
                 raise row.error(f"message {index + 1}: the assistant's answer is empty")
             opened = self._text(row, messages[:index], answer_next=True)
