@@ -101,11 +101,16 @@ class KasaLinear(nn.Module):
                 self.lora_B.copy_(draw(r, out_of, generator).T)
 
     def load(self, weights: ModuleWeights) -> None:
-        """Take the values of a stored adapter's layer of the same r."""
+        """Take the values of a stored adapter's layer of the same r. A layer without learnable
+        singular values takes theirs into B."""
         with torch.no_grad():
             self.lora_A.copy_(weights.a)
             self.lora_B.copy_(weights.b)
-            if self.lora_diag is not None and weights.diag is not None:
+            if weights.diag is None:
+                return
+            if self.lora_diag is None:
+                self.lora_B.mul_(weights.diag.to(self.lora_B.device))
+            else:
                 self.lora_diag.copy_(weights.diag)
 
     def forward(self, x: Tensor) -> Tensor:

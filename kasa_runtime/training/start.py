@@ -17,6 +17,7 @@ from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.lora import Adapter
 from kasa_runtime.errors import AdapterError, ConfigError
 from kasa_runtime.training.config import MethodSection
+from kasa_runtime.training.loss import OrthoForm
 from kasa_runtime.training.targets import adapter_config
 
 
@@ -44,6 +45,8 @@ def _check_method(method: MethodSection, start: Adapter, base: BaseModel) -> Non
         wanted = getattr(method, key)
         if wanted not in (getattr(default, key), found):
             raise _contradiction(method, f"{key} = {wanted}", str(found))
+    if method.ortho_form is OrthoForm.QR and start.meta.ortho_form != OrthoForm.QR:
+        raise _contradiction(method, "ortho_form = qr", "A and B that are not orthonormal")
     if method.truncation_rank is not None:
         ranks = {
             start.meta.truncation_rank_of(name, start.config.rank_of(name))

@@ -39,18 +39,18 @@ def plan(
     exclude: Collection[str] = (),
     start: Adapter | None = None,
 ) -> list[LayerPlan]:
-    """The layers that training will adapt, in the model's order. `exclude`: paths that are never
-    adapted, such as a trained head. `start`: the adapter to go on from, which then says the layers'
-    shape instead of `method`.
+    """The layers that training will adapt, in the model's order. `exclude`: paths of modules that
+    are never adapted, nor what is in them, such as a trained head. `start`: the adapter to go on
+    from, which then says the layers' shape instead of `method`.
 
     Raises ConfigError where nothing matches or a rank does not fit."""
     linears = {
         name: module
         for name, module in model.named_modules()
-        if is_linear(module) and name not in exclude
+        if is_linear(module) and not any(f"{name}.".startswith(f"{path}.") for path in exclude)
     }
     if start:
-        return _plan_of(start, linears)
+        return _plan_of(start, linears, diag=method.diag)
     _check_retraction(method)
     config = adapter_config(method)
     try:
@@ -131,7 +131,7 @@ def _check_retraction(method: MethodSection) -> None:
         )
 
 
-def _plan_of(start: Adapter, linears: Mapping[str, nn.Module]) -> list[LayerPlan]:
+def _plan_of(start: Adapter, linears: Mapping[str, nn.Module], *, diag: bool) -> list[LayerPlan]:
     if missing := sorted(start.modules.keys() - linears.keys()):
         raise ConfigError(f"[method] init_from: the model has no linear layer {missing[0]}")
     return [
@@ -140,7 +140,7 @@ def _plan_of(start: Adapter, linears: Mapping[str, nn.Module]) -> list[LayerPlan
             r=start.modules[path].a.shape[0],
             scaling=start.config.scaling_of(path),
             t=start.truncation.get(path, 0),
-            diag=start.modules[path].diag is not None,
+            diag=diag and start.modules[path].diag is not None,
         )
         for path in linears
         if path in start.modules
