@@ -39,6 +39,21 @@ def with_spectrum(out_features: int, in_features: int, values: list[float]) -> T
     return (u * torch.tensor(values, dtype=torch.float64)) @ v.T
 
 
+@st.composite
+def degenerate_weights(draw: st.DrawFn) -> tuple[Tensor, list[float]]:
+    """A weight of any shape, and its singular values, descending: many of them equal or zero."""
+    out_features, in_features = draw(st.integers(1, 16)), draw(st.integers(1, 16))
+    k = min(out_features, in_features)
+    level = st.sampled_from([0.0, 0.0, 1e-3, 0.5, 1.0, 1.0, 3.0])
+    values = sorted(draw(st.lists(level, min_size=k, max_size=k)), reverse=True)
+    return with_spectrum(out_features, in_features, values), values
+
+
+def assert_orthonormal_on_the_smaller_side(tail: Tail) -> None:
+    unit = tail.p.T if tail.p.shape[0] <= tail.q.shape[1] else tail.q
+    torch.testing.assert_close(unit @ unit.T, torch.eye(tail.rank), atol=1e-5, rtol=0)
+
+
 def svd_tail(weight: Tensor, t: int) -> Tensor:
     """The reference: P Q by a full float64 SVD."""
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -212,6 +227,31 @@ class TestComputeTail:
         for shorter in range(t + 1):
             want = svd_tail(weight, shorter)
             torch.testing.assert_close(product(longest.last(shorter)), want, rtol=0, atol=2e-5)
+
+    @given(degenerate_weights(), st.data())
+    def test_ties_and_zeros_leave_a_best_approximation_at_every_nested_rank(self, drawn, data):
+        """Where the cut is between equal values the tail is one of many, and as good as any."""
+        weight, values = drawn
+        k = len(values)
+        longest = compute_tail(weight, data.draw(st.integers(0, k - 1), label="t"))
+        for t in range(longest.rank + 1):
+            tail = longest.last(t)
+            rest = torch.linalg.svdvals(weight - product(tail))
+            want = torch.tensor(values[: k - t] + [0.0] * t, dtype=torch.float64)
+            torch.testing.assert_close(rest, want, atol=2e-5, rtol=0)
+            assert_orthonormal_on_the_smaller_side(tail)
+
+    @given(degenerate_weights(), st.data())
+    def test_a_tail_of_a_tail_is_the_shorter_tail(self, drawn, data):
+        weight, values = drawn
+        t = data.draw(st.integers(0, len(values) - 1), label="t")
+        middle = data.draw(st.integers(0, t), label="middle")
+        short = data.draw(st.integers(0, middle), label="short")
+        tail = compute_tail(weight, t)
+        direct, by_steps = tail.last(short), tail.last(middle).last(short)
+        assert torch.equal(direct.p, by_steps.p) and torch.equal(direct.q, by_steps.q)
+        assert torch.equal(direct.singular_values, by_steps.singular_values)
+        assert direct.gap == by_steps.gap
 
 
 class TestLast:

@@ -71,6 +71,34 @@ class TestFold:
         assert float(((w0 + b @ a).double() - want).norm()) < 1e-5 * scale
         assert a.shape == (r + t, in_f) and b.shape == (out_f, r + t)
 
+    @given(st.integers(2, 14), st.integers(2, 14), st.data())
+    def test_forms_agree_where_the_tail_is_not_unique(self, out_f, in_f, data):
+        """Equal and zero singular values, zero rows and zero learnable values: whatever tail is
+        cut, merging it, subtracting it and folding it into a plain LoRA are the same."""
+        k = min(out_f, in_f)
+        r, t = data.draw(st.integers(1, k), label="r"), data.draw(st.integers(0, k - 1), label="t")
+        seed = data.draw(st.integers(0, 1000), label="seed")
+        rank = data.draw(st.integers(0, k), label="rank of the base")
+        draw = torch.Generator().manual_seed(seed)
+        u, _ = torch.linalg.qr(torch.randn(out_f, k, generator=draw))
+        v, _ = torch.linalg.qr(torch.randn(in_f, k, generator=draw))
+        w0 = u[:, :rank] @ v[:, :rank].T  # `rank` ones, the rest zeros
+        w = weights(out_f, in_f, r, seed)
+        w.diag[data.draw(st.integers(0, r - 1), label="zero")] = 0
+        w.b[data.draw(st.integers(0, out_f - 1), label="row")] = 0
+
+        delta = fold(one_layer(w, t), "x@1").modules[LAYER]
+        tail = compute_tail(w0, k - 1)
+        a, b = plain_lora(delta, tail)
+        cut = tail.last(t)
+        want = (w0 - cut.p @ cut.q).double() + 2 * (w.b * w.diag).double() @ w.a.double()
+        scale = float(want.norm()) + 1
+        merged = merged_weight(w0, delta.a, delta.b, cut)
+        assert float((merged.double() - want).norm()) < 1e-5 * scale
+        assert float(((w0 + b @ a).double() - want).norm()) < 1e-5 * scale
+        left = torch.linalg.svdvals((w0 - cut.p @ cut.q).double())
+        assert int((left > 1e-3).sum()) == min(rank, k - t)
+
     def test_diagonal_may_be_negative_or_zero(self):
         w = ModuleWeights(torch.eye(2, 3), torch.eye(4, 2), torch.tensor([-3.0, 0.0]))
         delta = fold(one_layer(w, alpha=2.0), "x@1").modules[LAYER]
