@@ -101,17 +101,16 @@ class KasaLinear(nn.Module):
                 self.lora_B.copy_(draw(r, out_of, generator).T)
 
     def load(self, weights: ModuleWeights) -> None:
-        """Take the values of a stored adapter's layer of the same r. A layer without learnable
-        singular values takes theirs into B."""
+        """Take the values of a stored adapter's layer of the same r. Singular values that this
+        layer cannot learn go into B."""
+        b, d = weights.b, weights.diag
+        if self.lora_diag is None and d is not None:
+            b = b * d
         with torch.no_grad():
             self.lora_A.copy_(weights.a)
-            self.lora_B.copy_(weights.b)
-            if weights.diag is None:
-                return
-            if self.lora_diag is None:
-                self.lora_B.mul_(weights.diag.to(self.lora_B.device))
-            else:
-                self.lora_diag.copy_(weights.diag)
+            self.lora_B.copy_(b)
+            if self.lora_diag is not None:
+                self.lora_diag.copy_(torch.ones(self.r) if d is None else d)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
@@ -180,8 +179,9 @@ class _Adapted(torch.autograd.Function):
             dz = d_hidden @ down if needs_dropped else None  # (tokens, r) @ (r, in)
         elif dx is not None:
             dx.addmm_(d_hidden, down)
-        # (r, tokens) @ (tokens, in) and (out, tokens) @ (tokens, r)
-        return dx, dz, None, None, d_hidden.T @ z, dy.T @ hidden
+        d_down = d_hidden.T @ z  # (r, tokens) @ (tokens, in)
+        d_up = (hidden.T @ dy).T  # ((r, tokens) @ (tokens, out))^T: the long way round is slower
+        return dx, dz, None, None, d_down, d_up
 
 
 def attach(

@@ -49,10 +49,25 @@ def test_forward_by_hand() -> None:
         linear.weight.copy_(torch.diag(torch.tensor([3.0, 1.0])))
         linear.bias.copy_(torch.tensor([1.0, 2.0]))
     layer = KasaLinear(linear, 1, 2.0, tail=compute_tail(linear.weight, 1))
-    layer.load(ModuleWeights(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [-1.0]]), None))
-    with torch.no_grad():
-        layer.lora_diag.fill_(3.0)
+    a, b, d = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([3.0])
+    layer.load(ModuleWeights(a, b, d))
     assert layer(torch.ones(2)).tolist() == [22.0, -16.0]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("diag", [True, False])
+def test_loaded_values_are_the_same_update_with_and_without_a_diagonal(
+    diag: bool, stored: bool
+) -> None:
+    layer = KasaLinear(nn.Linear(6, 5), 2, 1.5, diag=diag)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)  # whatever was there before must not stay
+    a, b, d = torch.randn(2, 6), torch.randn(5, 2), torch.randn(2)
+    layer.load(ModuleWeights(a, b, d if stored else None))
+    core = torch.diag(d) if stored else torch.eye(2)
+    x = torch.randn(3, 6)
+    update = layer(x) - functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(update, x @ (1.5 * b @ core @ a).T, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("diag", [True, False])
