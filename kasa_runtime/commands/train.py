@@ -42,14 +42,15 @@ def command(context: click.Context, run: Path, overrides: tuple[str, ...], resum
     if resume:
         config = replace(config, train=replace(config.train, resume=True))
     _quiet_libraries()
-    from accelerate import PartialState
+
     from rich.console import Console
 
     from kasa_runtime.training.card import METRIC_NAMES, show
     from kasa_runtime.training.checkpoints import describe_newest
+    from kasa_runtime.training.processes import this_process
     from kasa_runtime.training.run import train
 
-    console = Console(highlight=False, quiet=not PartialState().is_main_process)
+    console = Console(highlight=False, quiet=not this_process().is_main_process)
     console.soft_wrap = not console.is_terminal  # a log is not folded
     try:
         facts = train(config, console)

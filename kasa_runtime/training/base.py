@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.errors import ConfigError, ModelError
 from kasa_runtime.training.config import Dtype, ModelSection, Quantization
+from kasa_runtime.training.processes import this_process
 from kasa_runtime.training.tasks.base import Task
 
 TORCH_DTYPES = {
@@ -32,7 +32,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def load_model(directory: Path, settings: ModelSection, task: Task) -> PreTrainedModel:
     """The base in `settings.dtype`, on this process's device. Raises ModelError, ConfigError."""
-    device = PartialState().device
+    device = this_process().device
     if settings.dtype is Dtype.FLOAT16 and device.type != "cuda":
         raise ConfigError(
             f"[model] dtype = float16 trains on CUDA only, this device is {device.type}; use "

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.integrations.integration_utils import (
@@ -36,6 +36,7 @@ from kasa_runtime.training.export import load_into, to_adapter
 from kasa_runtime.training.journal import Journal
 from kasa_runtime.training.labels import Labels
 from kasa_runtime.training.layers import KasaLinear, attach
+from kasa_runtime.training.processes import this_process
 from kasa_runtime.training.progress import ProgressCallback, counting
 from kasa_runtime.training.report import write_report
 from kasa_runtime.training.rows import Row, read_rows, sample, shuffled
@@ -75,7 +76,7 @@ def train(config: RunConfig, console: Console) -> Facts:
     """Run `config` and write the adapter to its output directory. Raises KasaError."""
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    if not PartialState().is_main_process:
+    if not this_process().is_main_process:
         console = Console(quiet=True)
     check_selection(config)
     workdir.starting_point(config)  # fails here rather than after the baselines
@@ -165,7 +166,7 @@ def measure_adapter(
     console: Console,
 ) -> dict[str, Outcome]:
     """The metrics of what was written, not of what was in memory: storing it rounds."""
-    PartialState().wait_for_everyone()
+    this_process().wait_for_everyone()
     load_into(base.model, layers, checkpoint.read(config.output.dir, base.tails.base))
     if not data.test:
         return {}
@@ -209,7 +210,7 @@ def optimise(
         "seconds": round(trainer.train_s, 1),
         "rows": data.train.num_rows,
         "tokens": data.train.num_tokens,
-        "processes": PartialState().num_processes,
+        "processes": this_process().num_processes,
         "losses": {name: round(last[name], 5) for name in ("L1", "L2", "L3") if name in last},
         **{
             key: getattr(config.train, key)
@@ -220,10 +221,13 @@ def optimise(
 
 @contextlib.contextmanager
 def _stopping(progress: ProgressCallback) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        progress.stop()
+    with warnings.catch_warnings():
+        # torch>=2.13 calls it forward_sync_buffers, which transformers<5.20 cannot set
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        try:
+            yield
+        finally:
+            progress.stop()
 
 
 def _tensorboard(config: RunConfig) -> list[TrainerCallback]:
@@ -236,7 +240,7 @@ def _tensorboard(config: RunConfig) -> list[TrainerCallback]:
 
 
 def _report(config: RunConfig, facts: Mapping[str, str], console: Console) -> None:
-    if not PartialState().is_main_process:
+    if not this_process().is_main_process:
         return
     path = write_report(config.work_dir, title=config.output.title or config.name, facts=facts)
     if path:
@@ -254,7 +258,7 @@ def write(
     facts: Facts | None = None,
 ) -> None:
     """Write the adapter directory; with `facts` also its model card."""
-    if not PartialState().is_main_process:
+    if not this_process().is_main_process:
         return
     summary = dict(training)
     if facts:
@@ -327,7 +331,7 @@ def task_labels(task: Task) -> tuple[str, ...]:
 
 def _write_results(config: RunConfig, facts: Facts, outcomes: Mapping[str, Outcome]) -> None:
     """Everything that was measured, with all predictions, for a look at what went wrong."""
-    if not PartialState().is_main_process:
+    if not this_process().is_main_process:
         return
     results = {
         "facts": asdict(facts),

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from kasa_runtime.training.initialisation import retract
 from kasa_runtime.training.layers import KasaLinear
 from kasa_runtime.training.loss import OrthoForm, defects, singular_value_loss
 from kasa_runtime.training.order import EpochOrder
+from kasa_runtime.training.processes import on_cpu, this_process
 from kasa_runtime.training.rows import Row
 from kasa_runtime.training.selection import LOWER_IS_BETTER, Selection, unknown_metric
 from kasa_runtime.training.tasks.base import Task
@@ -325,6 +325,7 @@ def training_arguments(
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # the frozen weights are buffers, and the same everywhere
+        use_cpu=on_cpu(),
         report_to="none",
     )  # fmt: skip
     # Several GPUs and one process: transformers would split each batch among threads, which hold
@@ -344,5 +345,5 @@ def steps_per_epoch(config: RunConfig, num_examples: int) -> int:
 
 def rows_per_step(config: RunConfig) -> int:
     """Over all micro-batches and processes."""
-    num_processes: int = PartialState().num_processes
+    num_processes: int = this_process().num_processes
     return config.train.batch_size * config.train.accumulation * num_processes

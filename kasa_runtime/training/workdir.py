@@ -11,11 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from kasa_runtime.errors import TrainingError
 from kasa_runtime.training import checkpoints
 from kasa_runtime.training.config import RunConfig
+from kasa_runtime.training.processes import this_process
 
 RECORD = "run.json"
 
@@ -47,7 +46,7 @@ def settings(config: RunConfig) -> dict[str, str]:
                 found[key] = value.name if isinstance(value, Path) else str(value)
     if config.method.init_from:
         del found["method.kind"]  # follows from the adapter
-    return found | {"number of processes": str(PartialState().num_processes)}
+    return found | {"number of processes": str(this_process().num_processes)}
 
 
 def starting_point(config: RunConfig) -> Path | None:
@@ -80,7 +79,7 @@ def starting_point(config: RunConfig) -> Path | None:
 def claim(config: RunConfig) -> Path | None:
     """Make the work directory this run's own; on every process. Returns `starting_point`."""
     found = starting_point(config)
-    state = PartialState()
+    state = this_process()
     state.wait_for_everyone()  # all have looked before one of them changes anything
     if state.is_main_process:
         checkpoints.discard_torn(config.work_dir)
