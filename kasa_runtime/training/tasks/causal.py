@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kasa_runtime.errors import ConfigError, DataError
 from kasa_runtime.training.config import RunConfig, TaskKind
+from kasa_runtime.training.cross_entropy import cross_entropy
 from kasa_runtime.training.examples import IGNORED, Collator, Example, Examples, packed
 from kasa_runtime.training.generate import generate
 from kasa_runtime.training.metrics import TEXT_METRICS, References, score
@@ -148,28 +148,27 @@ class CausalTask(Task):
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> BatchLoss:
         """Cross-entropy over the tokens that have a label."""
-        total, keep = self.cross_entropy(model, inputs, reduction="sum")
-        return BatchLoss(total, int(keep.sum()))
+        logits, targets, _ = self.labelled_logits(model, inputs)
+        return BatchLoss(cross_entropy(logits, targets).sum(), len(targets))
 
     @staticmethod
-    def cross_entropy(
-        model: nn.Module, inputs: Mapping[str, Tensor], *, reduction: str
-    ) -> tuple[Tensor, Tensor]:
-        """Of the labelled tokens, in float32, and which of the positions before the last they are
-        told from: (batch, length - 1).
+    def labelled_logits(
+        model: nn.Module, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (n, vocabulary) of the n tokens that have a label, their labels (n,), and which
+        row of the batch each is in (n,).
 
-        Only those positions enter the output embeddings: with a large vocabulary they cost as much
-        as many layers. The hook leaves the model's own forward, with any scaling of its logits, as
-        it is."""
+        Only the positions before them enter the output embeddings: with a large vocabulary these
+        cost as much as many layers. The hook leaves the model's own forward, with any scaling of
+        its logits, as it is."""
         targets = inputs["labels"][:, 1:]
         keep = targets != IGNORED  # (batch, length - 1)
         unwrapped: Any = getattr(model, "module", model)  # of DistributedDataParallel
         head: nn.Module = unwrapped.get_output_embeddings()
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         with head.register_forward_pre_hook(lambda _, args: (args[0][:, :-1][keep],)):
-            logits = model(**rest, use_cache=False).logits  # (labelled tokens, vocabulary)
-        losses = functional.cross_entropy(logits.float(), targets[keep], reduction=reduction)
-        return losses, keep
+            logits = model(**rest, use_cache=False).logits
+        return logits, targets[keep], keep.nonzero()[:, 0]
 
     def check(self, rows: Sequence[Row]) -> None:
         if self._text_metrics:

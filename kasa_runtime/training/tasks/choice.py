@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kasa_runtime.training.cross_entropy import cross_entropy
 from kasa_runtime.training.examples import Collator, Example
 from kasa_runtime.training.labels import Labels
 from kasa_runtime.training.metrics import LABEL_METRICS, label_score
@@ -70,9 +71,9 @@ class ChoiceTask(CausalTask):
             chunk = asked[start : start + size]
             batch = collate([{"example": example} for example in chunk])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            losses, keep = self.cross_entropy(model, batch, reduction="none")
-            of_row = keep.nonzero()[:, 0]  # (labelled tokens,)
-            sums.append(-losses.new_zeros(len(chunk)).index_add(0, of_row, losses).cpu())
+            logits, targets, in_row = self.labelled_logits(model, batch)
+            losses = cross_entropy(logits, targets)
+            sums.append(-losses.new_zeros(len(chunk)).index_add(0, in_row, losses).cpu())
             if report:
                 report((start + len(chunk)) // len(self.labels), len(rows))
         return torch.cat(sums).view(len(rows), len(self.labels))
