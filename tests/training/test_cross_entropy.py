@@ -71,6 +71,16 @@ def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
     torch.testing.assert_close(got, functional.cross_entropy(logits, targets, reduction="none"))
 
 
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_gradient_of_a_mean_equals_torchs(rows: int) -> None:
+    """The same factor for every row, which takes a shorter way."""
+    logits, targets = random(rows, 7)
+    got = cross_entropy(logits, targets).sum() / 3
+    want = functional.cross_entropy(logits, targets, reduction="sum") / 3
+    (gradient,), (expected,) = (torch.autograd.grad(x, logits) for x in (got, want))
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_logits_are_not_changed() -> None:
     logits, targets = random(5, 7)
     before = logits.detach().clone()
