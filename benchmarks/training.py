@@ -6,8 +6,9 @@ python benchmarks/training.py [--model M] [--rounds N] [--steps N] [--threads N]
                               [--labels L ...] [--device cpu|cuda] [--json FILE]
 
 Prints, for every dtype and share of labelled tokens: seconds a step (by the clock, and of the
-processor, which other load disturbs less), peak memory, and seconds from the loaded base model to one that is ready to train (our tails are in the cache by then), each with
-the ratio of ours to PEFT's.
+processor, which other load disturbs less), peak memory, and seconds from the loaded base model to
+one that is ready to train (our tails are in the cache by then), each with the ratio of ours to
+PEFT's.
 """
 
 from __future__ import annotations

@@ -50,6 +50,6 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None, "one backward pass at most"
-        # The gradient of a sum is one number: times bfloat16, that is four times as fast as a column.
+        # The gradient of a sum is one number; times bfloat16, it is four times as fast as many.
         same = len(scale) > 0 and scale.stride() == (0,)
         return gradient.mul_(scale[0] if same else scale[:, None]).to(ctx.dtype), None
