@@ -109,7 +109,8 @@ def _write_model(target: Path, base: BaseModel, changed: Mapping[str, Tensor]) -
         state[name].copy_(tensor)
     weights = {path.name for path in base.directory.glob("*.safetensors*")}
     _copy_but(base.directory, target, weights | {"config.json"})
-    model.save_pretrained(target)
+    with _quiet():
+        model.save_pretrained(target)
 
 
 def _load(base: BaseModel, labels: int, *, given: Collection[str]) -> PreTrainedModel:
@@ -131,7 +132,7 @@ def _load(base: BaseModel, labels: int, *, given: Collection[str]) -> PreTrained
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' words about a head that it has drawn at random: it is replaced."""
+    """Without transformers' bars and its words about a head drawn at random: it is replaced."""
     from transformers.utils import logging
 
     logs: Any = logging

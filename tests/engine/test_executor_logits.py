@@ -122,3 +122,14 @@ def test_a_device_that_is_none_is_refused(tiny_llama: Path) -> None:
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load"):
         executor_of(tmp_path)
+
+
+def test_an_encoder_is_refused_rather_than_given_a_random_head(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=64, intermediate_size=32, **shape)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"lacks \d+ tensors of BertLMHeadModel, .* generates text"
+    ):
+        executor_of(tmp_path)

@@ -297,13 +297,24 @@ def _load_model(model_dir: Path, dtype: torch.dtype | str, device: torch.device)
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights: in a log it is one endless line
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, attn_implementation=NAME, use_safetensors=True
+        untyped: Any = AutoModelForCausalLM  # the annotations do not know output_loading_info
+        model, info = untyped.from_pretrained(
+            model_dir,
+            dtype=dtype,
+            attn_implementation=NAME,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{model_dir}: cannot load this model: {error}") from error
-    nn.Module.to(model.eval().requires_grad_(False), device)
-    return model
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
+        raise ModelError(
+            f"{model_dir}: lacks {len(missing)} tensors of {type(model).__name__}, the first is "
+            f"{missing[0]}; want a model that generates text"
+        )
+    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    nn.Module.to(loaded, device)
+    return loaded
 
 
 def _adapt_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
