@@ -38,16 +38,19 @@ def load_model(directory: Path, settings: ModelSection, task: Task) -> PreTraine
             f"[model] dtype = float16 trains on CUDA only, this device is {device.type}; use "
             "bfloat16 or float32"
         )
+    quantised = settings.quantization is not Quantization.NONE
     options: dict[str, Any] = {}
-    if settings.quantization is not Quantization.NONE:
-        from kasa_runtime.training.quantised import quantisation
+    if quantised:
+        from kasa_runtime.training.quantised import make_trainable, quantisation
 
-        options = quantisation(settings)
+        options = quantisation(settings, device)
     try:
         model = task.load_model(directory, TORCH_DTYPES[settings.dtype], **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{directory}: cannot be loaded for training ({error})") from error
-    if not options:
+    if quantised:
+        make_trainable(model)
+    else:
         model.to(device)
     return model
 

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.errors import ConfigError
 from kasa_runtime.training.config import ModelSection
 
 
-def quantisation(settings: ModelSection) -> dict[str, Any]:
-    """What `from_pretrained` needs. Raises ConfigError without bitsandbytes."""
+def quantisation(settings: ModelSection, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` needs to load onto `device`. Raises ConfigError without
+    bitsandbytes."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -28,7 +29,18 @@ def quantisation(settings: ModelSection) -> dict[str, Any]:
         bnb_4bit_quant_type=settings.quantization.value,
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype.value),
     )
-    return {"quantization_config": config}
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def make_trainable(model: PreTrainedModel) -> None:
+    """Tell transformers that a quantised model gets trained layers, and keep its codes readable.
+
+    On CPUs with AVX512-BF16 bitsandbytes repacks the codes of a layer in place when it is first
+    evaluated; neither the tail nor a gradient can be had of them afterwards."""
+    model._hf_peft_config_loaded = True  # the Trainer refuses a quantised model without adapters
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
 
 
 class QuantisedBase(BaseModel):
