@@ -53,8 +53,8 @@ class Defects:
 
     a: Tensor
     b: Tensor
-    a_excess: Tensor  # in - r of each module, for the n x n form
-    b_excess: Tensor  # out - r
+    a_excess: tuple[int, ...]  # in - r of each module, for the n x n form
+    b_excess: tuple[int, ...]  # out - r
 
     def loss(self, form: OrthoForm, reduction: RegReduction) -> Tensor:
         """L3, a scalar; 0 for a form that has no L3."""
@@ -103,22 +103,22 @@ def _defects(factors: Sequence[Tensor]) -> Tensor:
     return squared[torch.tensor(order, device=squared.device).argsort()]
 
 
-def _group_defects(factors: Sequence[Tensor]) -> Tensor:
-    f = _wide(torch.stack(list(factors)))  # (N, r, n)
+def _group_defects(factors: list[Tensor]) -> Tensor:
+    f = _wide(torch.stack(factors))  # (N, r, n)
     gram = f @ f.mT  # (N, r, n) @ (N, n, r) -> (N, r, r)
     return (gram - torch.eye(gram.shape[-1]).to(gram)).square().sum(dim=(1, 2))
 
 
-def _excess(factors: Sequence[Tensor]) -> Tensor:
-    return torch.tensor([f.shape[1] - f.shape[0] for f in factors], device=factors[0].device)
+def _excess(factors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(f.shape[1] - f.shape[0] for f in factors)
 
 
-def _distance(squared: Tensor, excess: Tensor, form: OrthoForm) -> Tensor:
+def _distance(squared: Tensor, excess: Sequence[int], form: OrthoForm) -> Tensor:
     """||F^T F - I_n||_F^2 = ||F F^T - I_r||_F^2 + (n - r) gives the n x n form."""
     if form is OrthoForm.GRAM_R_SQ:
         return squared
     if form is OrthoForm.GRAM_N:
-        return torch.sqrt(squared + excess)
+        return torch.sqrt(squared + squared.new_tensor(excess))
     # The norm has a cusp at orthonormality, where a gradient of 0 is as good as any.
     cusp = squared == 0
     return torch.where(cusp, 0.0, torch.sqrt(torch.where(cusp, 1.0, squared)))

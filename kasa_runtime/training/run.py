@@ -136,7 +136,7 @@ def attach_layers(config: RunConfig, task: Task, base: Base) -> dict[str, KasaLi
     layers = attach(
         base.model,
         config.method,
-        tails=base.tails.get,
+        tails=TailCache(base.tails.base).get,  # of its own: nothing it read outlives this call
         seed=config.train.seed,
         exclude=task.trained_whole,
         start=base.start,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import peft
 import pytest
@@ -17,10 +18,18 @@ from transformers.pytorch_utils import Conv1D
 
 from kasa_runtime.adapter.kasa import Tail, compute_tail, merged_weight
 from kasa_runtime.adapter.lora import ModuleWeights
-from kasa_runtime.training.config import MethodSection
+from kasa_runtime.training import run
+from kasa_runtime.training.config import (
+    DataSection,
+    MethodSection,
+    ModelSection,
+    OutputSection,
+    RunConfig,
+)
 from kasa_runtime.training.initialisation import DiagInit
 from kasa_runtime.training.layers import KasaLinear, attach, truncated
 from kasa_runtime.training.loss import OrthoForm
+from kasa_runtime.training.tasks import make_task
 from kasa_runtime.types import AdapterMethod
 
 from .adapting import PROJECTIONS, Linear4bit, attached, dense_weight, randomise, tails_of
@@ -226,6 +235,20 @@ def test_untruncated_weights_and_tails_are_freed(model: LlamaForCausalLM) -> Non
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     frozen += sum(b.nbytes for layer in layers.values() for b in layer.buffers())
     assert frozen == sum(sizes), "the base takes more memory than before"
+
+
+def test_run_keeps_no_tail_in_memory(model_dir: Path) -> None:
+    config = RunConfig(
+        data=DataSection(train=model_dir / "none.jsonl"),
+        output=OutputSection(dir=model_dir / "adapter"),
+        model=ModelSection(name=str(model_dir)),
+    )
+    task = make_task(config)
+    base, config = run.load_base(config, task, model_dir)
+    layers = run.attach_layers(config, task, base)
+    gc.collect()
+    assert len(layers) == 14
+    assert not [thing for thing in gc.get_objects() if type(thing) is Tail]
 
 
 def test_weight_that_is_not_truncated_is_not_copied() -> None:
