@@ -63,7 +63,7 @@ class KasaLinear(nn.Module):
         super().__init__()
         self.r, self.scaling, self.dropout = r, scale, dropout
         self.truncation_rank = tail.rank if tail else 0
-        out_features, in_features = layer_shape(linear)
+        self.out_features, self.in_features = layer_shape(linear)
         device, quantised = next(linear.parameters()).device, is_quantised(linear)
         self.quantised = linear if quantised else None
         weight, bias, p, q = None, None, None, None
@@ -73,8 +73,8 @@ class KasaLinear(nn.Module):
             p, q = tail.p.to(device), tail.q.to(device)
         for name, frozen in {"weight": weight, "bias": bias, "tail_p": p, "tail_q": q}.items():
             self.register_buffer(name, frozen, persistent=False)
-        self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
+        self.lora_A = nn.Parameter(torch.zeros(r, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
         self.lora_diag = nn.Parameter(torch.ones(r, device=device)) if diag else None
         self.train(linear.training)
 
@@ -89,16 +89,15 @@ class KasaLinear(nn.Module):
         """The first values. A uniform in ±1/sqrt(in), d by `diag_init`, B zero, so training starts
         at W_world; where d is zero, B is random like A. `orthonormal`: random A and B have
         orthonormal rows and columns. `tail` (rank r) is for `DiagInit.TAIL`."""
-        (r, into), out_of = self.lora_A.shape, self.lora_B.shape[0]
         draw = orthonormal_rows if orthonormal else kaiming_uniform
         with torch.no_grad():
-            self.lora_A.copy_(draw(r, into, generator))
+            self.lora_A.copy_(draw(self.r, self.in_features, generator))
             self.lora_B.zero_()
             if self.lora_diag is None:
                 return
-            self.lora_diag.copy_(first_diagonal(diag_init, r, generator, tail))
+            self.lora_diag.copy_(first_diagonal(diag_init, self.r, generator, tail))
             if diag_init is DiagInit.ZEROS:
-                self.lora_B.copy_(draw(r, out_of, generator).T)
+                self.lora_B.copy_(draw(self.r, self.out_features, generator).T)
 
     def load(self, weights: ModuleWeights) -> None:
         """Take the values of a stored adapter's layer of the same r. Singular values that this
