@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import click
@@ -18,7 +19,7 @@ import click
     "May be repeated.",
 )
 @click.option("--seeds", default=3, show_default=True, help="Runs of each cell: seeds 0, 1, ...")
-@click.option("--only", multiple=True, metavar="TEXT", help="Cells whose label contains TEXT.")
+@click.option("--only", multiple=True, metavar="TEXT", help="Cells whose label TEXT matches; * is any text.")
 @click.option(
     "--out",
     default=Path("runs/experiments"),
@@ -64,7 +65,7 @@ def command(
     experiments = [EXPERIMENTS[name] for name in names]
     for config in configs:
         cells = [cell for e in experiments if e.fits(config) for cell in e.cells(config)]
-        cells = [c for c in cells if not only or any(text in c.label for text in only)]
+        cells = [c for c in cells if not only or any(fnmatchcase(c.label, text) for text in only)]
         if not report_only:
             run_cells(config, cells, range(seeds), results, console)
     for path in write_reports(out, experiments, configs, results):
