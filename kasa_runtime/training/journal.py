@@ -5,6 +5,7 @@ steps."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ class Journal(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
-            self._write(METRICS_FILE, [{"step": state.global_step, **logs}])
+            finite = {k: v if math.isfinite(v) else None for k, v in logs.items()}
+            self._write(METRICS_FILE, [{"step": state.global_step, **finite}])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

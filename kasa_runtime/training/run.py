@@ -93,7 +93,8 @@ def train(config: RunConfig, console: Console) -> Facts:
     try:
         training = optimise(config, task, base, data, layers, console)
     except TrainingError:
-        _report(config, {}, console)  # of use above all when something went wrong
+        with contextlib.suppress(TrainingError):  # the disk may be full
+            _report(config, {}, console)  # of use above all when something went wrong
         raise
     write(config, task, base, layers, training)
     outcomes |= measure_adapter(config, task, base, data, layers, console)

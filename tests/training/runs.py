@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,16 @@ def write_toml(path: Path, sections: Mapping[str, Mapping[str, Any]]) -> Path:
 
 
 def kasa_train(
-    run: Path, *arguments: str, launcher: Sequence[str] = (sys.executable,), **environment: str
+    run: Path,
+    *arguments: str,
+    launcher: Sequence[str] = (sys.executable,),
+    preexec_fn: Callable[[], None] | None = None,
 ) -> subprocess.Popen[str]:
     """`kasa train` as a process of its own, with one thread."""
     return subprocess.Popen(
         [*launcher, "-m", "kasa_runtime.cli", "train", str(run), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=preexec_fn,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
