@@ -73,7 +73,7 @@ def _truncation(config: RunConfig) -> list[Cell]:
 
 def _truncation_rank(config: RunConfig) -> list[Cell]:
     r = config.method.r
-    ranks = sorted({0, 1, r // 2, r, 2 * r, 4 * r, 8 * r})
+    ranks = sorted({0, r // 2, r, 2 * r, 4 * r, 8 * r})
     return [
         Cell(f"t = {t}", changes=_truncated(config, t), x=t, series="KaSA", against="t = 0")
         for t in ranks
