@@ -228,9 +228,9 @@ def truncated(weight: Tensor, tail: Tail | None) -> Tensor:
     tail."""
     if tail is None or not tail.rank:
         return weight
-    wide = weight if weight.dtype is torch.float64 else weight.float()
-    p, q = tail.p.to(wide), tail.q.to(wide)
-    return torch.addmm(wide, p, q, alpha=-1.0).to(weight.dtype)  # (out, t) @ (t, in)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    wide.addmm_(tail.p.to(wide), tail.q.to(wide), alpha=-1.0)  # (out, t) @ (t, in)
+    return wide.to(weight.dtype)
 
 
 def _world(linear: nn.Module, tail: Tail | None) -> Tensor:
