@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from kasa_runtime.errors import ConfigError, TrainingError
 from kasa_runtime.training import checkpoints
+from kasa_runtime.training.arguments import num_steps, training_arguments
 from kasa_runtime.training.config import (
     DataSection,
     Dtype,
@@ -28,7 +29,7 @@ from kasa_runtime.training.loss import OrthoForm
 from kasa_runtime.training.order import EpochOrder
 from kasa_runtime.training.run import attach_layers, load_base, load_data
 from kasa_runtime.training.tasks import make_task
-from kasa_runtime.training.trainer import KasaTrainer, num_steps, trainable, training_arguments
+from kasa_runtime.training.trainer import KasaTrainer, trainable
 from kasa_runtime.types import AdapterMethod
 
 from .making import WriteRows
