@@ -19,7 +19,9 @@ import click
     "May be repeated.",
 )
 @click.option("--seeds", default=3, show_default=True, help="Runs of each cell: seeds 0, 1, ...")
-@click.option("--only", multiple=True, metavar="TEXT", help="Cells whose label TEXT matches; * is any text.")
+@click.option(
+    "--only", multiple=True, metavar="TEXT", help="Cells whose label TEXT matches; * is any text."
+)
 @click.option(
     "--out",
     default=Path("runs/experiments"),

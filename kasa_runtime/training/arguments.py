@@ -6,8 +6,8 @@ import torch
 from transformers import TrainingArguments
 
 from kasa_runtime.training.config import Dtype, RunConfig, Schedule
+from kasa_runtime.training.metrics import LOWER_IS_BETTER
 from kasa_runtime.training.processes import on_cpu, this_process
-from kasa_runtime.training.selection import LOWER_IS_BETTER
 
 _SCHEDULES = {
     Schedule.COSINE: "cosine",

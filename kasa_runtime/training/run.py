@@ -26,7 +26,7 @@ from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.lora import Adapter
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.base_model.source import resolve
-from kasa_runtime.errors import TrainingError
+from kasa_runtime.errors import ConfigError, TrainingError
 from kasa_runtime.training import workdir
 from kasa_runtime.training.base import TORCH_DTYPES, load_model, load_tokenizer, tails_of
 from kasa_runtime.training.card import Facts, render, summary
@@ -38,9 +38,9 @@ from kasa_runtime.training.labels import Labels
 from kasa_runtime.training.layers import KasaLinear, attach
 from kasa_runtime.training.processes import this_process
 from kasa_runtime.training.progress import ProgressCallback, counting
+from kasa_runtime.training.reader import conflicts
 from kasa_runtime.training.report import write_report
 from kasa_runtime.training.rows import Row, read_rows, sample, shuffled
-from kasa_runtime.training.selection import check_selection
 from kasa_runtime.training.start import read_start
 from kasa_runtime.training.targets import plan
 from kasa_runtime.training.tasks import make_task
@@ -78,7 +78,8 @@ def train(config: RunConfig, console: Console) -> Facts:
         torch.set_num_threads(config.train.threads)
     if not this_process().is_main_process:
         console = Console(quiet=True)
-    check_selection(config)
+    for conflict in conflicts(config):  # of a configuration that no reader checked
+        raise ConfigError(conflict)
     workdir.starting_point(config)  # fails here rather than after the baselines
     task = make_task(config)
     directory = resolve(config.model.name)
@@ -115,9 +116,10 @@ def load_data(config: RunConfig, task: Task, directory: Path) -> Datasets:
     held_out = rows.get("eval", [])
     all_test = rows.get("test", []) if config.eval.metrics else []
     test = sample(all_test, config.eval.rows, seed=seed)
-    for checked in (held_out, test):
-        if checked:
-            task.encode(checked)
+    if held_out:
+        task.encode(held_out)
+    if test:
+        task.check(test)
     return Datasets(train_rows, task.encode(train_rows), held_out, test, len(all_test))
 
 

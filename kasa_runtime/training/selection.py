@@ -7,11 +7,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kasa_runtime.errors import ConfigError
-from kasa_runtime.training.config import RunConfig
-
-LOWER_IS_BETTER = ("loss", "perplexity", "mse")
-
-_ALWAYS_MEASURED = ("loss", "perplexity")
 
 
 class Selection(TrainerCallback):
@@ -47,20 +42,6 @@ def num_since_best(values: list[float], *, greater_is_better: bool) -> int:
         if sign * value > best:
             best, at = sign * value, index
     return len(values) - 1 - at
-
-
-def check_selection(config: RunConfig) -> None:
-    """Raises ConfigError where `best_metric` or `patience` could not work."""
-    train = config.train
-    if train.patience and not train.best_metric:
-        raise ConfigError("[train] patience needs best_metric, the measure that must get better")
-    if not train.best_metric:
-        return
-    if not config.data.eval:
-        raise ConfigError("[train] best_metric needs [data] eval, the rows that it is measured on")
-    known = dict.fromkeys((*_ALWAYS_MEASURED, *config.eval.metrics))
-    if train.best_metric not in known:
-        raise unknown_metric(train.best_metric, list(known))
 
 
 def unknown_metric(name: str, known: list[str]) -> ConfigError:

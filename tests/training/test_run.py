@@ -195,7 +195,7 @@ def test_patience_ends_a_run_that_gets_no_better(
     ("train_keys", "message"),
     [
         ({"patience": 2}, "patience needs best_metric"),
-        ({"best_metric": "acuracy"}, "'acuracy' is not measured during training; known: loss"),
+        ({"best_metric": "acuracy"}, "one of loss, perplexity, got 'acuracy'"),
     ],
 )
 def test_what_cannot_be_chosen_by_is_refused_before_training(

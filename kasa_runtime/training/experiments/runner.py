@@ -125,7 +125,8 @@ def run_cells(
         seconds = time.perf_counter() - started
         console.print(
             f"{config.name} {number}/{len(todo)} ({seconds:.0f} s)  seed {seed}  {cell.label}: "
-            f"{shown}"
+            f"{shown}",
+            soft_wrap=True,
         )
         gc.collect()
 
