@@ -45,8 +45,8 @@ def command(context: click.Context, run: Path, overrides: tuple[str, ...], resum
 
     from rich.console import Console
 
-    from kasa_runtime.training.card import METRIC_NAMES, show
     from kasa_runtime.training.checkpoints import describe_newest
+    from kasa_runtime.training.facts import METRIC_NAMES, show
     from kasa_runtime.training.processes import this_process
     from kasa_runtime.training.run import train
 

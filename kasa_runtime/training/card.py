@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from kasa_runtime.training.config import (
@@ -16,22 +15,9 @@ from kasa_runtime.training.config import (
     TaskKind,
 )
 from kasa_runtime.training.export import base_name
+from kasa_runtime.training.facts import METRIC_NAMES, NOT_PERCENT, Facts, show
 from kasa_runtime.training.initialisation import DiagInit
 from kasa_runtime.training.loss import OrthoForm
-
-METRIC_NAMES = {
-    "exact_match": "exact match",
-    "intent_accuracy": "intent accuracy",
-    "slot_f1": "slot F1",
-    "bleu": "BLEU",
-    "rouge_l": "ROUGE-L",
-    "f1": "F1",
-    "matthews": "Matthews correlation",
-    "pearson": "Pearson correlation",
-    "spearman": "Spearman correlation",
-    "mse": "mean squared error",
-}
-_NOT_PERCENT = ("perplexity", "mse")
 
 _ENCODERS = (TaskKind.CLASSIFICATION, TaskKind.REGRESSION)
 
@@ -39,30 +25,6 @@ _ORTHO_FORMS = {
     OrthoForm.QR: "none; A and B made orthonormal by QR after each step",
     OrthoForm.NONE: "none",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a run found out. `metrics`: way to ask -> metric -> value; `example`: question, answer;
-    `labels`: of a classification; `kept_step`: the one whose weights the adapter has."""
-
-    num_train_rows: int
-    num_train_sequences: int
-    num_train_tokens: int
-    num_too_long: int
-    num_test_rows: int
-    num_all_test_rows: int
-    num_steps: int
-    kept_step: int
-    num_processes: int
-    train_seconds: float
-    num_parameters: int
-    num_modules: int
-    trained_whole: tuple[str, ...]
-    labels: tuple[str, ...]
-    final_losses: Mapping[str, float]
-    metrics: Mapping[str, Mapping[str, float]]
-    example: tuple[str, str] | None = None
 
 
 def render(config: RunConfig, facts: Facts) -> str:
@@ -91,11 +53,6 @@ def summary(config: RunConfig, facts: Facts) -> dict[str, str]:
         shown = ", ".join(f"{METRIC_NAMES.get(k, k)} {show(k, v)}" for k, v in values.items())
         found[way] = shown
     return found
-
-
-def show(metric: str, value: float) -> str:
-    """A value as tables show it: percentages with one digit."""
-    return f"{value:.4g}" if metric in _NOT_PERCENT else f"{value:.1f}"
 
 
 def _head(config: RunConfig) -> str:
@@ -176,7 +133,7 @@ def _results(config: RunConfig, facts: Facts) -> str:
 
 
 def _unit(names: tuple[str, ...]) -> str:
-    plain = [METRIC_NAMES.get(name, name) for name in names if name in _NOT_PERCENT]
+    plain = [METRIC_NAMES.get(name, name) for name in names if name in NOT_PERCENT]
     if len(plain) == len(names):
         return "On "
     return f"In percent{f' but for {_listed(plain)}' if plain else ''}, on "
@@ -185,7 +142,7 @@ def _unit(names: tuple[str, ...]) -> str:
 def _how_measured(config: RunConfig) -> list[str]:
     if config.data.task in (*_ENCODERS, TaskKind.CHOICE):
         return []
-    generated = any(name not in _NOT_PERCENT for name in config.eval.metrics)
+    generated = any(name not in NOT_PERCENT for name in config.eval.metrics)
     return ["greedy decoding"] if generated else []
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, get_linear_schedule_with_warmup
 
-from kasa_runtime.training import run
+from kasa_runtime.training import prepare, run
 from kasa_runtime.training.reader import load
 from kasa_runtime.training.tasks import make_task
 from kasa_runtime.training.trainer import KasaTrainer
@@ -87,9 +87,9 @@ def record(
     path.write_text(RUN % method, encoding="utf-8")
     config = load(path, [f"model.name={model_dir}"])
     task, quiet = make_task(config), Console(quiet=True)
-    data = run.load_data(config, task, model_dir)
-    base, config = run.load_base(config, task, model_dir)
-    layers = run.attach_layers(config, task, base)
+    data = prepare.load_data(config, task, model_dir)
+    base, config = prepare.load_base(config, task, model_dir)
+    layers = prepare.attach_layers(config, task, base)
     for name, layer in layers.items():
         a, b, d = (p.detach().clone() for p in (layer.lora_A, layer.lora_B, layer.lora_diag))
         recording.starts[name] = Start(a, b, d, layer.scaling, layer.truncation_rank)

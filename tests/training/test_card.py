@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kasa_runtime.adapter.kasa import TruncationRule
-from kasa_runtime.training.card import Facts, command_line, render, summary
+from kasa_runtime.training.card import command_line, render, summary
 from kasa_runtime.training.config import (
     DataSection,
     EvalSection,
@@ -22,6 +22,7 @@ from kasa_runtime.training.config import (
     TaskKind,
     TrainSection,
 )
+from kasa_runtime.training.facts import Facts
 from kasa_runtime.training.initialisation import DiagInit
 from kasa_runtime.training.loss import OrthoForm
 from kasa_runtime.types import AdapterMethod

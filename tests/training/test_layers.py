@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kasa_runtime.adapter.kasa import Tail, compute_tail, merged_weight
 from kasa_runtime.adapter.lora import ModuleWeights
-from kasa_runtime.training import run
+from kasa_runtime.training import prepare
 from kasa_runtime.training.config import (
     DataSection,
     MethodSection,
@@ -244,8 +244,8 @@ def test_run_keeps_no_tail_in_memory(model_dir: Path) -> None:
         model=ModelSection(name=str(model_dir)),
     )
     task = make_task(config)
-    base, config = run.load_base(config, task, model_dir)
-    layers = run.attach_layers(config, task, base)
+    base, config = prepare.load_base(config, task, model_dir)
+    layers = prepare.attach_layers(config, task, base)
     gc.collect()
     assert len(layers) == 14
     assert not [thing for thing in gc.get_objects() if type(thing) is Tail]

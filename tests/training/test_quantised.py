@@ -14,7 +14,8 @@ from kasa_runtime.adapter.kasa import compute_tail
 from kasa_runtime.errors import ConfigError
 from kasa_runtime.training.config import EvalSection, ModelSection, Quantization, RunConfig
 from kasa_runtime.training.layers import KasaLinear
-from kasa_runtime.training.run import attach_layers, load_base, load_data, train
+from kasa_runtime.training.prepare import attach_layers, load_base, load_data
+from kasa_runtime.training.run import train
 from kasa_runtime.training.tasks import make_task
 
 from .making import WriteRows

@@ -36,7 +36,8 @@ from kasa_runtime.training.config import (
 )
 from kasa_runtime.training.export import load_into
 from kasa_runtime.training.journal import METRICS_FILE, read_lines
-from kasa_runtime.training.run import attach_layers, load_base, load_data, train
+from kasa_runtime.training.prepare import attach_layers, load_base, load_data
+from kasa_runtime.training.run import train
 from kasa_runtime.training.tasks import make_task
 from kasa_runtime.training.tasks.causal import CausalTask
 from kasa_runtime.types import AdapterMethod

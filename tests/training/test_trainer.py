@@ -27,7 +27,7 @@ from kasa_runtime.training.examples import Example, Examples
 from kasa_runtime.training.initialisation import DiagInit
 from kasa_runtime.training.loss import OrthoForm
 from kasa_runtime.training.order import EpochOrder
-from kasa_runtime.training.run import attach_layers, load_base, load_data
+from kasa_runtime.training.prepare import attach_layers, load_base, load_data
 from kasa_runtime.training.tasks import make_task
 from kasa_runtime.training.trainer import KasaTrainer, trainable
 from kasa_runtime.types import AdapterMethod

@@ -14,7 +14,7 @@ from kasa_runtime.errors import ConfigError
 from kasa_runtime.training.config import RunConfig
 from kasa_runtime.training.experiments.grid import Approach
 from kasa_runtime.training.layers import KasaLinear
-from kasa_runtime.training.run import Base, attach_layers
+from kasa_runtime.training.prepare import Base, attach_layers
 from kasa_runtime.training.targets import plan
 from kasa_runtime.training.tasks.base import Task
 

@@ -22,7 +22,7 @@ from kasa_runtime.training.config import RunConfig
 from kasa_runtime.training.experiments.approaches import make_trainable
 from kasa_runtime.training.experiments.grid import Approach, Cell
 from kasa_runtime.training.export import base_name
-from kasa_runtime.training.run import load_base, load_data
+from kasa_runtime.training.prepare import load_base, load_data
 from kasa_runtime.training.tasks import make_task
 from kasa_runtime.training.trainer import KasaTrainer, num_steps, trainable
 from kasa_runtime.types import AdapterMethod
