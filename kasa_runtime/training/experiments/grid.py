@@ -84,7 +84,7 @@ def _versus_lora(config: RunConfig) -> list[Cell]:
     cells = []
     for factor in LEARNING_RATES:
         rate = config.train.learning_rate * factor
-        at = {"train.learning_rate": _tidy(rate)}
+        at = {} if factor == 1 else {"train.learning_rate": _tidy(rate)}
         ways = [
             ("KaSA", Approach.KASA, _truncated(config, config.method.r)),
             ("LoRA", Approach.LORA, {}),

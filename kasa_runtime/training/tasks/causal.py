@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from kasa_runtime.errors import ConfigError, DataError
+from kasa_runtime.errors import ConfigError, DataError, ModelError
 from kasa_runtime.training.config import RunConfig, TaskKind
 from kasa_runtime.training.cross_entropy import cross_entropy
 from kasa_runtime.training.examples import IGNORED, Collator, Example, Examples, packed
@@ -52,12 +52,20 @@ class CausalTask(Task):
         return super().question(row)
 
     def load_model(self, directory: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True, **options
         )
+        model, loading = loaded
+        if missing := sorted(
+            loading["missing_keys"]
+        ):  # transformers fills them with random numbers
+            raise ModelError(
+                f"{directory}: lacks {len(missing)} tensors of {type(model).__name__}, the first "
+                f"is {missing[0]}; want a model that generates text"
+            )
         if self.data.packing:
             check_isolation(model)
-        return model
+        return cast("PreTrainedModel", model)
 
     def encode(self, rows: Sequence[Row]) -> Examples:
         """Rows longer than max_length are left out and counted; plain text is cut into pieces."""

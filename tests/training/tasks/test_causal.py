@@ -15,13 +15,13 @@ from tokenizers import processors
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kasa_runtime.errors import ConfigError, DataError
+from kasa_runtime.errors import ConfigError, DataError, ModelError
 from kasa_runtime.training.examples import IGNORED, Collator, Example
 from kasa_runtime.training.generate import generate
 from kasa_runtime.training.rows import Row
 from kasa_runtime.training.tasks import causal
 
-from ..making import make_tokenizer
+from ..making import make_encoder, make_tokenizer
 from .conftest import MakeTask, row
 
 FORM = {"prompt": "{q} =>", "completion": " {a}"}
@@ -305,3 +305,9 @@ def leaky_attention() -> None:
 
     AttentionInterface.register("leaky", leaky)
     AttentionMaskInterface.register("leaky", lambda **_: None)
+
+
+def test_a_model_whose_head_would_be_random_is_refused(make: MakeTask, tmp_path: Path) -> None:
+    make_encoder().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"lacks \d+ tensors of .*; want a model that generates"):
+        make(**FORM).load_model(tmp_path, torch.float32)
