@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench bench-training clean
 
 $(STAMP): pyproject.toml proto/build_hook.py $(wildcard proto/kasa/v1/*.proto)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,6 +28,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/throughput.py
+
+bench-training: $(STAMP)
+	$(BIN)/python benchmarks/training.py
 
 clean:
 	rm -rf .venv gen build dist
