@@ -118,8 +118,6 @@ def _method_conflicts(config: RunConfig) -> Iterator[str]:
             "[method] ortho_form = qr needs diag_init = zeros: A and B start random, and the "
             f"update must start at zero; got {method.diag_init}"
         )
-    if method.init_from and (method.rank_pattern or method.alpha_pattern):
-        yield "[method] init_from: rank_pattern and alpha_pattern are those of that adapter"
 
 
 def _measuring_conflicts(config: RunConfig) -> Iterator[str]:

@@ -158,7 +158,6 @@ def test_sources_are_files_or_names_of_datasets(tmp_path: Path) -> None:
         ("method.preset=paper method.kind=lora", r"preset = paper is a form of kind = kasa"),
         ("method.ortho_form=qr", r"ortho_form = qr needs diag_init = zeros: .* got normal"),
         ("method.ortho_form=qr method.diag=false", r"qr needs kind = kasa and diag = true"),
-        ("method.init_from=a method.rank_pattern={q=1}", r"rank_pattern .* are those of that ada"),
         ("train.patience=2", r"\[train\] patience needs best_metric"),
         ("train.best_metric=loss", r"\[train\] best_metric needs \[data\] eval"),
         ("train.eval_steps=5", r"\[train\] eval_steps needs \[data\] eval"),
