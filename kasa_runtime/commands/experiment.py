@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import click
+
+from kasa_runtime.commands.train import quiet_libraries
 
 
 @click.command()
@@ -55,7 +58,8 @@ def command(
         raise click.BadParameter(f"{unknown[0]!r}; known: {', '.join(EXPERIMENTS)}")
     if not runs:
         raise click.UsageError("want at least one --run run.toml; examples/*/run.toml are some")
-    _quiet_libraries()
+    quiet_libraries()
+    warnings.filterwarnings("ignore", module="peft")
     from rich.console import Console
 
     from kasa_runtime.training.experiments.report import write_reports
@@ -72,14 +76,3 @@ def command(
             run_cells(config, cells, range(seeds), results, console)
     for path in write_reports(out, experiments, configs, results):
         console.print(str(path))
-
-
-def _quiet_libraries() -> None:
-    import logging
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="peft")

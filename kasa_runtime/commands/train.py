@@ -41,7 +41,7 @@ def command(context: click.Context, run: Path, overrides: tuple[str, ...], resum
     config = load(run, overrides)  # before transformers, which takes seconds to import
     if resume:
         config = replace(config, train=replace(config.train, resume=True))
-    _quiet_libraries()
+    quiet_libraries()
 
     from rich.console import Console
 
@@ -64,7 +64,7 @@ def command(context: click.Context, run: Path, overrides: tuple[str, ...], resum
     console.print(f"adapter: {config.output.dir}")
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """The loading bar and notices of transformers say nothing about a run."""
     from transformers.utils import logging as transformers_logging
 

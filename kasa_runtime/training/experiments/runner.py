@@ -117,15 +117,14 @@ def run_cells(
         (cell, seed) for (_, seed), cell in wanted.items() if not results.find(config, cell, seed)
     ]
     console.print(f"{config.name}: {len(todo)} of {len(wanted)} runs to do")
+    started = time.perf_counter()
     for number, (cell, seed) in enumerate(todo, 1):
-        started = time.perf_counter()
         result = run_cell(config, cell, seed)
         results.add(result)
-        shown = result.failure or _shown(result)
-        seconds = time.perf_counter() - started
+        minutes_left = (time.perf_counter() - started) / number * (len(todo) - number) / 60
         console.print(
-            f"{config.name} {number}/{len(todo)} ({seconds:.0f} s)  seed {seed}  {cell.label}: "
-            f"{shown}",
+            f"{config.name} {number}/{len(todo)} ({minutes_left:.0f} min left)  seed {seed}  "
+            f"{cell.label}: {result.failure or _shown(result)}",
             soft_wrap=True,
         )
         gc.collect()
