@@ -90,7 +90,7 @@ def _section(experiment: Experiment, config: RunConfig, rows: Sequence[Row], pic
     head = [
         "cell", "parameters", f"{metric}, best epoch", f"{metric}, last epoch",
         "last, less its reference", *[f"test {name}" for name in finals], "gradient norm",
-        "||AAᵀ-I||", "||BᵀB-I||", "stopped",
+        "‖AAᵀ−I‖", "‖BᵀB−I‖", "stopped",
     ]  # fmt: skip
     lines = [
         f"## {config.name}\n",
