@@ -88,9 +88,9 @@ def _section(experiment: Experiment, config: RunConfig, rows: Sequence[Row], pic
     train = config.train
     finals = list(dict.fromkeys(n for row in rows for r in row.results.values() for n in r.final))
     head = [
-        "cell", "parameters", f"{metric}, best epoch", f"{metric}, last epoch",
+        "cell", "parameters", "seeds", f"{metric}, best epoch", f"{metric}, last epoch",
         "last, less its reference", *[f"test {name}" for name in finals], "gradient norm",
-        "‖AAᵀ−I‖", "‖BᵀB−I‖", "stopped",
+        "‖AAᵀ-I‖", "‖BᵀB-I‖", "stopped",
     ]  # fmt: skip
     lines = [
         f"## {config.name}\n",
@@ -107,6 +107,7 @@ def _section(experiment: Experiment, config: RunConfig, rows: Sequence[Row], pic
         values = [
             row.cell.label,
             f"{next(iter(row.results.values())).num_parameters:,}",
+            str(len(row.results)),
             spread(list(row.best().values())),
             spread(list(row.last().values())),
             _difference(row, reference),

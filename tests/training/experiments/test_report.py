@@ -60,8 +60,8 @@ def test_table_has_best_and_last_epoch_and_the_paired_difference(
     assert [path.name for path in paths] == ["truncation-tiny.png", "truncation.md"]
     assert paths[0].read_bytes().startswith(b"\x89PNG")
     table = paths[1].read_text()
-    assert "| KaSA | 1,234 | 50.5 ± 0.7 | 49.5 ± 0.7 | -10.00 ± 0.00 |" in table
-    assert "| KaSA without truncation | 1,234 | 60.5 ± 0.7 | 59.5 ± 0.7 |  |" in table
+    assert "| KaSA | 1,234 | 2 | 50.5 ± 0.7 | 49.5 ± 0.7 | -10.00 ± 0.00 |" in table
+    assert "| KaSA without truncation | 1,234 | 2 | 60.5 ± 0.7 | 59.5 ± 0.7 |  |" in table
     assert "2 seeds" in table
 
 
