@@ -19,8 +19,6 @@ from kasa_runtime.training.facts import METRIC_NAMES, NOT_PERCENT, Facts, show
 from kasa_runtime.training.initialisation import DiagInit
 from kasa_runtime.training.loss import OrthoForm
 
-_ENCODERS = (TaskKind.CLASSIFICATION, TaskKind.REGRESSION)
-
 _ORTHO_FORMS = {
     OrthoForm.QR: "none; A and B made orthonormal by QR after each step",
     OrthoForm.NONE: "none",
@@ -68,7 +66,7 @@ def _method_name(method: MethodSection) -> str:
 
 def _use(config: RunConfig, facts: Facts) -> str:
     data = config.data
-    if data.task in _ENCODERS:
+    if data.task.has_head:
         text = _use_of_encoder(data, facts)
     elif data.task is TaskKind.TEXT:
         text = "It was trained on plain text, to go on with it; there is no form of a prompt."
@@ -77,7 +75,7 @@ def _use(config: RunConfig, facts: Facts) -> str:
     if facts.example:
         prompt, answer = facts.example
         text += f" From the test set:\n\n    {_one_line(prompt)}\n    -> {_one_line(answer)}"
-    return f"## {'Input' if data.task in _ENCODERS else 'Prompt'}\n\n{text}"
+    return f"## {'Input' if data.task.has_head else 'Prompt'}\n\n{text}"
 
 
 def _use_of_encoder(data: DataSection, facts: Facts) -> str:
@@ -125,7 +123,7 @@ def _results(config: RunConfig, facts: Facts) -> str:
         part = f"all {facts.num_test_rows} test rows"
     notes = [_unit(names) + part, *_how_measured(config), f"base weights{_precision(config)}"]
     text = f"## Results\n\n{'; '.join(notes)}, the adapter as stored.\n\n" + "\n".join(rows)
-    if config.data.task in _ENCODERS and len(facts.metrics) > 1:
+    if config.data.task.has_head and len(facts.metrics) > 1:
         text += "\n\nThe base model has a new head with random weights."
     if any(way.endswith("zero-shot") for way in facts.metrics) and config.eval.instruction:
         text += f'\n\nThe zero-shot base model was told: "{config.eval.instruction}"'
@@ -140,7 +138,7 @@ def _unit(names: tuple[str, ...]) -> str:
 
 
 def _how_measured(config: RunConfig) -> list[str]:
-    if config.data.task in (*_ENCODERS, TaskKind.CHOICE):
+    if config.data.task.has_head or config.data.task is TaskKind.CHOICE:
         return []
     generated = any(name not in NOT_PERCENT for name in config.eval.metrics)
     return ["greedy decoding"] if generated else []
