@@ -8,7 +8,7 @@ from kasa_runtime.training.tasks.base import Task
 
 def make_task(config: RunConfig) -> Task:
     """The task of a run; it knows nothing of its data yet."""
-    if config.data.task in (TaskKind.CLASSIFICATION, TaskKind.REGRESSION):
+    if config.data.task.has_head:
         from kasa_runtime.training.tasks.sequence import SequenceTask
 
         return SequenceTask(config)
