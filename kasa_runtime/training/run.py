@@ -61,6 +61,7 @@ def train(config: RunConfig, console: Console) -> Facts:
     console.print(f"data: {data.train.describe()}")
     base, config = load_base(config, task, directory)
     plan(base.model, config.method, exclude=task.trained_whole, start=base.start)
+    workdir.require_writable(config.output.dir)
     outcomes = measure_base(task, base, data, console)
     layers = attach_layers(config, task, base)
     num_parameters = sum(p.numel() for p in trainable(base.model).values())

@@ -7,6 +7,7 @@ new run removes what a finished one left behind, but never the checkpoints of on
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,19 @@ def claim(config: RunConfig) -> Path | None:
         _write(config, finished=False)
     state.wait_for_everyone()
     return found
+
+
+def require_writable(directory: Path) -> None:
+    """Raises TrainingError where files cannot be written into `directory`, or it cannot be made.
+    Leaves nothing behind: an empty directory would look like an adapter."""
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise TrainingError(
+            f"{directory}: cannot be written ({error}); choose another directory by [output] dir"
+        ) from error
 
 
 def finish(config: RunConfig) -> None:

@@ -51,6 +51,7 @@ from .runs import (
     make_run,
     quiet,
     weights,
+    with_output,
     with_train,
     write_toml,
 )
@@ -254,6 +255,15 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     monkeypatch.undo()
     monkeypatch.setenv("KASA_HOME", str(config.path.parent / "home"))
     assert train(with_train(config, resume=True), quiet()).num_steps == 6
+
+
+def test_an_output_directory_that_cannot_be_is_refused_before_training(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(TrainingError, match=r"taken/.*: cannot be written .*output"):
+        train(with_output(config, tmp_path / "taken"), quiet())
+    assert not config.work_dir.exists()
 
 
 def test_command_says_what_to_do_when_files_may_not_grow(
