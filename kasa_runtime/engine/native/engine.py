@@ -256,16 +256,15 @@ class NativeEngine(Engine):
 
     def _set_up(self) -> None:
         executor = self._executor = self._make_executor()
-        block_size = self.config.block_size
         self._scheduler = Scheduler(
-            BlockManager(executor.num_blocks, block_size),
+            BlockManager(executor.num_blocks, executor.block_size),
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
         )
         self.limits = EngineLimits(
             # A sequence that fits the cache alone can always finish, whatever else is preempted for
             # it.
-            context_length=min(executor.context_length, executor.num_blocks * block_size),
+            context_length=min(executor.context_length, executor.num_blocks * executor.block_size),
             vocab_size=executor.vocab_size,
             eos_ids=executor.eos_ids,
             max_slots=self.config.max_slots,

@@ -75,6 +75,7 @@ class Executor(ABC):
     name: str
     dtype: str
     num_blocks: int
+    block_size: int  # tokens per block of the KV cache
     context_length: int
     vocab_size: int
     eos_ids: frozenset[int]

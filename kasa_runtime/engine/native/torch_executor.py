@@ -8,21 +8,14 @@ interface, and every linear layer is replaced by an `AdaptedLinear`.
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import disable_progress_bar
 
 from kasa_runtime.adapter.kasa import Tail, merged_weight
 from kasa_runtime.adapter.lora import AdapterWeights
@@ -36,12 +29,12 @@ from kasa_runtime.engine.native.adapted_linear import (
     pack_weight,
     stack,
 )
+from kasa_runtime.engine.native.decoder import DecoderInfo, load_decoder
 from kasa_runtime.engine.native.executor import (
     NO_SLOT,
     Commit,
     Executor,
     PackedBatch,
-    SequenceSlice,
     TailSource,
 )
 from kasa_runtime.engine.native.paged_attention import (
@@ -50,13 +43,10 @@ from kasa_runtime.engine.native.paged_attention import (
     KvCache,
     paged_attention,
 )
+from kasa_runtime.engine.native.probe import probe, require_split_prompts
 from kasa_runtime.errors import CapacityExceeded, ConfigError, KasaError, ModelError
 
 logger = logging.getLogger(__name__)
-
-SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
-"""Kinds of decoder layers, as transformers' configurations call them, that attend to a KV cache
-alone."""
 
 
 class TorchExecutor(Executor):
@@ -69,7 +59,9 @@ class TorchExecutor(Executor):
         if self._device.type == "cpu":
             set_torch_threads(config.num_threads)
         AttentionInterface.register(NAME, paged_attention)
-        self._model = _load_model(model_dir, _dtype(config, self._device), self._device)
+        self._model = load_decoder(
+            model_dir, dtype=_dtype(config, self._device), device=self._device, attention=NAME
+        )
         self._num_parameters = self._model.num_parameters()
         self._masks = StepMasks()
         self._layers = _adapt_layers(self._model)
@@ -79,7 +71,8 @@ class TorchExecutor(Executor):
             self._describe(config)
             self._cache = self._allocate_cache(config)
             self._groups = self._group_layers()
-            self._warm_up()
+            exact = self._model.dtype in (torch.float32, torch.float64)
+            require_split_prompts(self, type(self._model).__name__, 0.01 if exact else 0.25)
         except KasaError:
             raise
         except Exception as error:  # the architecture's own code, which raises what it likes
@@ -202,21 +195,14 @@ class TorchExecutor(Executor):
         return tails.get(name, t)
 
     def _describe(self, config: EngineConfig) -> None:
-        text = self._model.config.get_text_config()
-        if unknown := set(getattr(text, "layer_types", None) or ()) - SERVED_LAYERS:
-            raise ModelError(
-                f"{type(self._model).__name__} has layers of kind {sorted(unknown)}, this engine "
-                f"serves {sorted(SERVED_LAYERS)}; try another engine"
-            )
+        info = DecoderInfo.of(self._model)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
-        self.vocab_size = text.vocab_size
-        limit = getattr(text, "max_position_embeddings", None) or 2048
-        if config.max_model_len > limit:
-            raise ConfigError(f"max_model_len {config.max_model_len} is above the model's {limit}")
-        self.context_length = config.max_model_len or limit
-        self.num_layers = text.num_hidden_layers
+        self.block_size = config.block_size
+        self.vocab_size = info.vocab_size
+        self.context_length = info.context_length(config)
+        self.num_layers = info.num_layers
         self.num_parameters = self._num_parameters
-        self.eos_ids = _eos_ids(self._model)
+        self.eos_ids = info.eos_ids
 
     def _allocate_cache(self, config: EngineConfig) -> KvCache:
         """All of the KV cache at once: memory that is touched first at start-up is not touched
@@ -249,7 +235,7 @@ class TorchExecutor(Executor):
             return layer.register_forward_pre_hook(lambda _, args: calls.append((name, args[0])))
 
         handles = [watch(name, layer) for name, layer in self._layers.items()]
-        self._probe([0], 0)
+        probe(self, [0], 0)
         for handle in handles:
             handle.remove()
         groups: list[tuple[str, ...]] = []
@@ -266,55 +252,6 @@ class TorchExecutor(Executor):
         for names in groups:
             group_layers([self._layers[name] for name in names], self._masks)
         return groups
-
-    def _warm_up(self) -> None:
-        """A few tokens in one step, then again in two: the logits agree unless the architecture
-        keeps a state, or counts positions, beside what an executor hands it. Such a one fails here
-        and not, without a word, in every request. Raises ModelError."""
-        length = min(8, self.context_length, self.num_blocks * self._cache.block_size)
-        token_ids = [i % self.vocab_size for i in range(length)]
-        first = max(1, length // 2)
-        whole = self._probe(token_ids, 0)[first:]
-        self._probe(token_ids[:first], 0)
-        if first == length:
-            return
-        error = torch.dist(self._probe(token_ids[first:], first), whole)
-        exact = self._model.dtype in (torch.float32, torch.float64)
-        if not error <= (0.01 if exact else 0.25) * torch.dist(whole, whole.mean()):
-            raise ModelError(
-                f"{type(self._model).__name__} gives other logits when a prompt is split over two "
-                "steps, so this engine cannot serve it; try another engine"
-            )
-
-    def _probe(self, token_ids: list[int], num_computed: int) -> Tensor:
-        """Logits of all these tokens of one sequence, which has the first blocks."""
-        num_blocks = -(-(num_computed + len(token_ids)) // self._cache.block_size)
-        seq = SequenceSlice(len(token_ids), num_computed, range(num_blocks), NO_SLOT)
-        return self.run(PackedBatch.pack(token_ids, [seq], list(range(len(token_ids)))))
-
-
-def _load_model(model_dir: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # of loading weights: in a log it is one endless line
-    try:
-        untyped: Any = AutoModelForCausalLM  # the annotations do not know output_loading_info
-        model, info = untyped.from_pretrained(
-            model_dir,
-            dtype=dtype,
-            attn_implementation=NAME,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{model_dir}: cannot load this model: {error}") from error
-    if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
-        raise ModelError(
-            f"{model_dir}: lacks {len(missing)} tensors of {type(model).__name__}, the first is "
-            f"{missing[0]}; want a model that generates text"
-        )
-    loaded: PreTrainedModel = model.eval().requires_grad_(False)
-    nn.Module.to(loaded, device)
-    return loaded
 
 
 def _adapt_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -348,11 +285,3 @@ def _dtype(config: EngineConfig, device: torch.device) -> Any:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     return torch.float32 if device.type == "cpu" else "auto"
-
-
-def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    generation: GenerationConfig | None = getattr(model, "generation_config", None)
-    eos = generation.eos_token_id if generation else None
-    if eos is None:
-        eos = model.config.eos_token_id
-    return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
