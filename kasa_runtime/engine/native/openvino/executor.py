@@ -1,0 +1,299 @@
+"""The OpenVINO executor: the fast one on CPU, in float32.
+
+The graph is converted once (`conversion.py`), closed with paged attention (`attention.py`) and given
+a low-rank branch beside every linear layer (`branches.py`). Factors and masks are state of an
+inference request, so one compiled graph has several requests over the same weights and the same KV
+cache: a plain one, without factors, for steps whose rows are all what the weights are; and one with
+the factors of the resident adapters, which a change of adapters replaces as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from torch import Tensor
+
+from kasa_runtime.adapter.kasa import Tail, merged_weight
+from kasa_runtime.adapter.lora import AdapterWeights, ModuleDelta
+from kasa_runtime.background import set_torch_threads
+from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.engine.native.executor import (
+    NO_SLOT,
+    Commit,
+    Executor,
+    PackedBatch,
+    SequenceSlice,
+    TailSource,
+)
+from kasa_runtime.engine.native.openvino import attention, branches
+from kasa_runtime.engine.native.openvino.columns import Columns
+from kasa_runtime.engine.native.openvino.conversion import ConvertedModel, converted
+from kasa_runtime.engine.native.probe import require_split_prompts
+from kasa_runtime.errors import CapacityExceeded, ConfigError, KasaError, ModelError
+
+logger = logging.getLogger(__name__)
+
+Adapters = dict[int, AdapterWeights]  # by slot
+TOLERANCE = 1e-3
+"""Of the logits against transformers' own, relative to their spread."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One compiled graph: the pristine weights, or those with an adapter merged. `plain` is its
+    request without factors."""
+
+    graph: Any
+    compiled: Any
+    plain: Any
+
+
+@dataclass(frozen=True)
+class Residents:
+    """The adapters that rows can have, and the request that holds their factors; None: no
+    adapters."""
+
+    adapters: Adapters
+    columns: dict[str, Columns]  # by kind of layers
+    request: Any
+
+
+class OpenVinoExecutor(Executor):
+    """One model on the CPU. Constructed on the step thread. Raises ModelError, ConfigError."""
+
+    name = "openvino"
+    dtype = "float32"
+
+    def __init__(self, model_dir: Path, config: EngineConfig) -> None:
+        _require_float32_on_cpu(config)
+        set_torch_threads(1)  # for sampling alone: a second pool would spin beside OpenVINO's
+        self._core = ov.Core()
+        self._options = _options(config)
+        self._tails: dict[str, Tail] = {}  # per layer, the largest that a resident adapter needs
+        model = converted(model_dir, self._core)
+        try:
+            self._build(model)
+            self._describe(model, config)
+            self._caches = attention.allocate(self._pristine.compiled, self.num_blocks)
+            self._give_caches(self._pristine.plain)
+            self._require_parity(model)
+            require_split_prompts(self, model.info.architecture, 0.01)
+        except KasaError:
+            raise
+        except Exception as error:  # the plugin, which raises RuntimeError for everything
+            raise ModelError(
+                f"{model.info.architecture} does not run on OpenVINO {ov.__version__}: {error}; "
+                "use --executor torch"
+            ) from error
+
+    def run(self, batch: PackedBatch) -> Tensor:
+        slots = [s.slot for s in batch.sequences]
+        if all(slot == self._merged_slot for slot in slots) or self._residents.request is None:
+            request = self._weights.plain
+        else:
+            request = self._residents.request
+            self._set_masks(request, batch, slots)
+        values = {
+            "input_ids": batch.token_ids.numpy(),
+            "position_ids": batch.positions.numpy(),
+            "logit_rows": batch.logit_rows.numpy(),
+            **attention.step_inputs(batch.sequences, self.block_size),
+        }
+        for name, value in values.items():
+            request.set_tensor(name, ov.Tensor(value, shared_memory=True))
+        request.infer(share_outputs=True)
+        # A copy: the request writes its next logits to the same place.
+        return torch.from_numpy(np.array(request.get_tensor("logits").data))
+
+    def prepare_load(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> Commit:
+        missing = [name for name in adapter.modules if name not in self._shapes]
+        if missing:
+            raise CapacityExceeded(f"{adapter.key}: this engine cannot adapt {missing[0]}")
+        return self._prepare_residents({**self._residents.adapters, slot: adapter}, tails)
+
+    def prepare_unload(self, slot: int) -> Commit:
+        adapters = {s: a for s, a in self._residents.adapters.items() if s != slot}
+        return self._prepare_residents(adapters, None)
+
+    def prepare_merge(self, slot: int, tails: TailSource) -> Commit:
+        start_s = time.monotonic()
+        graph = self._pristine.graph.clone()
+        modules = self._residents.adapters[slot].modules
+        for name, node in branches.linear_nodes(graph, modules).items():
+            delta = modules[name]
+            tail = tails.get(name, delta.t)
+            merged = merged_weight(branches.weight(node), delta.a, delta.b, tail)
+            branches.set_weight(node, merged)
+        weights = self._compile(graph)
+        self._give_caches(weights.plain)
+        logger.info("compiled merged weights in %.1f s", time.monotonic() - start_s)
+        return self._switch(weights, slot)
+
+    def prepare_unmerge(self) -> Commit:
+        return self._switch(self._pristine, NO_SLOT)
+
+    def close(self) -> None:
+        del self._weights, self._pristine, self._residents, self._caches, self._core
+
+    def weights(self) -> dict[str, Tensor]:
+        """Dense copies of the weights that are served now, by layer. For tests and checks."""
+        nodes = branches.linear_nodes(self._weights.graph, self._shapes)
+        return {name: branches.weight(node) for name, node in nodes.items()}
+
+    def _build(self, model: ConvertedModel) -> None:
+        attention.close(model.graph, model.layers)
+        linears = branches.linear_nodes(model.graph, model.modules)
+        self._shapes = {name: model.modules[name] for name in linears}
+        self._gathered = branches.gathered_kinds(model.graph, linears)
+        self._mask_ranks = branches.add_branches(model.graph, linears)
+        self._pristine = self._weights = self._compile(model.graph)
+        self._merged_slot = NO_SLOT
+        self._residents = Residents({}, {}, None)
+
+    def _compile(self, graph: Any) -> Weights:
+        compiled = self._core.compile_model(graph, "CPU", self._options)
+        return Weights(graph, compiled, compiled.create_infer_request())
+
+    def _describe(self, model: ConvertedModel, config: EngineConfig) -> None:
+        self.vocab_size = model.info.vocab_size
+        self.context_length = model.info.context_length(config)
+        self.num_layers = model.info.num_layers
+        self.num_parameters = model.info.num_parameters
+        self.eos_ids = model.info.eos_ids
+        shapes = list(attention.block_shapes(self._pristine.compiled).values())
+        [self.block_size] = {tokens for _, tokens, _ in shapes}
+        block_bytes = 4 * sum(int(np.prod(shape)) for shape in shapes)
+        wanted = -(-self.context_length // self.block_size) * config.max_num_seqs
+        self.num_blocks = min(config.kv_cache_bytes // block_bytes, wanted)
+        if self.num_blocks < 1:
+            raise ConfigError(
+                f"kv_cache_gib = {config.kv_cache_gib} holds no block of {self.block_size} "
+                f"tokens of {block_bytes // self.block_size} bytes; raise it"
+            )
+
+    def _require_parity(self, model: ConvertedModel) -> None:
+        """Raises ModelError where the graph's logits are not those of transformers: a trace keeps
+        the path that its example took."""
+        token_ids, want = model.probe
+        token_ids = token_ids[: self.num_blocks * self.block_size]
+        if len(token_ids) < len(model.probe[0]):
+            return  # a cache for tests
+        rows = range(len(token_ids) - len(want), len(token_ids))
+        blocks = range(-(-len(token_ids) // self.block_size))
+        seq = SequenceSlice(len(token_ids), 0, blocks, NO_SLOT)
+        found = self.run(PackedBatch.pack(token_ids.tolist(), [seq], list(rows)))
+        if not torch.dist(found, want) <= TOLERANCE * torch.dist(want, want.mean()):
+            raise ModelError(
+                f"{model.info.architecture} has other logits in OpenVINO than in transformers "
+                f"(by {float((found - want).abs().max()):.1e}); use --executor torch"
+            )
+
+    # --- adapters ---------------------------------------------------------------------------------
+
+    def _prepare_residents(self, adapters: Adapters, tails: TailSource | None) -> Commit:
+        self._tails = self._needed_tails(adapters, tails)
+        residents = self._make_residents(self._weights, adapters)
+
+        def commit() -> None:
+            self._residents = residents
+
+        return commit
+
+    def _switch(self, weights: Weights, merged_slot: int) -> Commit:
+        residents = self._make_residents(weights, self._residents.adapters)
+
+        def commit() -> None:
+            self._weights, self._residents = weights, residents
+            self._merged_slot = merged_slot
+
+        return commit
+
+    def _make_residents(self, weights: Weights, adapters: Adapters) -> Residents:
+        """A request of these weights whose state is the factors of these adapters."""
+        if not adapters:
+            return Residents({}, {}, None)
+        kinds: defaultdict[str, dict[int, dict[str, ModuleDelta]]] = defaultdict(dict)
+        layers: defaultdict[str, dict[int, ModuleDelta]] = defaultdict(dict)
+        for slot, adapter in adapters.items():
+            for name, delta in adapter.modules.items():
+                kinds[branches.kind_of(name)].setdefault(slot, {})[name] = delta
+                layers[name][slot] = delta
+        columns = {kind: Columns.plan(kinds[kind]) for kind in self._mask_ranks}
+        request = weights.compiled.create_infer_request()
+        self._give_caches(request)
+        states = {state.name: state for state in request.query_state()}
+        for name, shape in self._shapes.items():
+            a, b = columns[branches.kind_of(name)].factors(
+                layers[name], self._tails.get(name), shape
+            )
+            states[f"{name}.A"].state = ov.Tensor(a, shared_memory=True)
+            states[f"{name}.B"].state = ov.Tensor(b, shared_memory=True)
+        return Residents(adapters, columns, request)
+
+    def _needed_tails(self, adapters: Adapters, tails: TailSource | None) -> dict[str, Tail]:
+        ranks: dict[str, int] = {}
+        for adapter in adapters.values():
+            for name, delta in adapter.modules.items():
+                ranks[name] = max(delta.t, ranks.get(name, 0))
+        needed = {}
+        for name, t in ranks.items():
+            held = self._tails.get(name)
+            if held is not None and held.rank >= t > 0:
+                needed[name] = held.last(t)
+            elif t:
+                assert tails is not None, "unloading never needs a larger tail"
+                needed[name] = tails.get(name, t)
+        return needed
+
+    def _set_masks(self, request: Any, batch: PackedBatch, slots: list[int]) -> None:
+        present = sorted(set(slots))
+        index = [present.index(slot) for slot in slots]
+        rows = np.repeat(index, [s.num_tokens for s in batch.sequences])
+        logit_rows = rows[batch.logit_rows.numpy()]
+        made: dict[Any, Any] = {}  # most kinds of layers have equal masks
+        for state in request.query_state():
+            kind, _, part = state.name.rpartition(".")
+            if part != "mask":
+                continue
+            columns, gathered = self._residents.columns[kind], kind in self._gathered
+            key = (id(columns), gathered, self._mask_ranks[kind])
+            if key not in made:
+                table = columns.table(present, self._merged_slot)
+                mask = table[logit_rows if gathered else rows]
+                made[key] = ov.Tensor(mask if self._mask_ranks[kind] == 2 else mask[None])
+            state.state = made[key]
+
+    def _give_caches(self, request: Any) -> None:
+        for name, tensor in self._caches.items():
+            request.set_tensor(name, tensor)
+
+
+def _options(config: EngineConfig) -> dict[str, Any]:
+    return {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": config.num_threads,
+    }
+
+
+def _require_float32_on_cpu(config: EngineConfig) -> None:
+    if config.device not in ("auto", "cpu"):
+        raise ConfigError(
+            f"the openvino executor runs on the CPU, got device {config.device!r}; "
+            "use --executor torch"
+        )
+    if config.dtype not in ("auto", "float32"):
+        raise ConfigError(
+            f"the openvino executor computes in float32, got dtype {config.dtype!r}; "
+            "use --executor torch"
+        )
