@@ -13,8 +13,11 @@ from kasa_runtime.errors import ConfigError
 class EngineConfig:
     """Raises ConfigError on a value that cannot work."""
 
-    executor: Literal["auto", "torch"] = field(
-        default="auto", metadata={"help": "what runs the model; auto: torch"}
+    executor: Literal["auto", "torch", "openvino"] = field(
+        default="auto",
+        metadata={
+            "help": "what runs the model; auto: openvino on CPU in float32 where it can, else torch"
+        },
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
@@ -40,7 +43,9 @@ class EngineConfig:
         default=0, metadata={"help": "context length in tokens; 0: what the model allows"}
     )
     kv_cache_gib: float = field(default=1.0, metadata={"help": "memory for the KV cache, in GiB"})
-    block_size: int = field(default=16, metadata={"help": "tokens per KV cache block"})
+    block_size: int = field(
+        default=16, metadata={"help": "tokens per KV cache block; openvino chooses its own"}
+    )
     max_slots: int = field(
         default=16, metadata={"help": "adapters that are in the engine at the same time"}
     )

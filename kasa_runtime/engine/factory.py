@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from pathlib import Path
 
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.engine.base import Engine
 from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.engine.native.executor import Executor
+from kasa_runtime.errors import ConfigError, ModelError
+
+logger = logging.getLogger(__name__)
 
 
 def make_engine(model_dir: Path, tails: TailCache, config: EngineConfig) -> Engine:
-    """The native engine with its torch executor; not started."""
+    """The native engine; not started."""
     from kasa_runtime.engine.native.engine import NativeEngine
+
+    return NativeEngine(config, lambda: make_executor(model_dir, config), tails)
+
+
+def make_executor(model_dir: Path, config: EngineConfig) -> Executor:
+    """The executor that the configuration names; "auto" is OpenVINO where it serves this model as
+    well, else torch. Step thread. Raises ModelError, ConfigError."""
+    if config.executor == "torch":
+        return _torch(model_dir, config)
+    if config.executor == "openvino":
+        if not _is_installed():
+            raise ConfigError("executor openvino: the package is missing; pip install openvino")
+        return _openvino(model_dir, config)
+    why = _against_openvino(config)
+    if why is None:
+        try:
+            executor = _openvino(model_dir, config)
+        except ModelError as error:
+            why = str(error)
+        else:
+            logger.info("executor openvino: float32 on the CPU")
+            return executor
+    logger.info("executor torch: %s", why)
+    return _torch(model_dir, config)
+
+
+def _against_openvino(config: EngineConfig) -> str | None:
+    """Why these settings are for torch."""
+    import torch
+
+    on_cuda = torch.cuda.is_available() if config.device == "auto" else config.device != "cpu"
+    if on_cuda:
+        return f"device {config.device} is not the CPU"
+    if config.dtype not in ("auto", "float32"):
+        return f"dtype {config.dtype} is not float32"
+    return None if _is_installed() else "openvino is not installed"
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("openvino") is not None
+
+
+def _torch(model_dir: Path, config: EngineConfig) -> Executor:
     from kasa_runtime.engine.native.torch_executor import TorchExecutor
 
-    return NativeEngine(config, lambda: TorchExecutor(model_dir, config), tails)
+    return TorchExecutor(model_dir, config)
+
+
+def _openvino(model_dir: Path, config: EngineConfig) -> Executor:
+    from kasa_runtime.engine.native.openvino.executor import OpenVinoExecutor
+
+    return OpenVinoExecutor(model_dir, config)

@@ -22,9 +22,7 @@ def probe(executor: Executor, token_ids: list[int], num_computed: int) -> Tensor
 def require_split_prompts(executor: Executor, architecture: str, tolerance: float) -> None:
     """A few tokens in one step, then again in two: the logits agree unless the architecture keeps a
     state, or counts positions, beside what an executor hands it. Raises ModelError."""
-    length = min(
-        PROBE_TOKENS, executor.context_length, executor.num_blocks * executor.block_size
-    )
+    length = min(PROBE_TOKENS, executor.context_length, executor.num_blocks * executor.block_size)
     token_ids = [i % executor.vocab_size for i in range(length)]
     first = max(1, length // 2)
     whole = probe(executor, token_ids, 0)[first:]

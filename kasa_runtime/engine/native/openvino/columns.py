@@ -6,8 +6,8 @@ factors of its own:
     y = x W^T + ((x A^T) * mask) B^T      A (columns, in), B (out, columns), mask (tokens, columns)
 
 An adapter has as many columns as its largest rank in such layers; where a layer has less, the rest
-is zero. Adapters whose tails lie in the same layers share the tail's columns, the smaller ones using
-its last; B holds -P there. An adapter whose t differs between layers shares only with its like.
+is zero. Adapters whose tails lie in the same layers share the tail's columns, the smaller ones use
+its last ones; B holds -P there. An adapter whose t differs between layers shares only with its like.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Columns:
         for slot, layers in sorted(deltas.items()):
             own[slot] = (num, max(delta.rank for delta in layers.values()))
             num += own[slot][1]
-        tail = {}
+        tail: dict[int, tuple[int, int, int]] = {}
         for slots in _sharing(deltas):
             used = {slot: max(d.t for d in deltas[slot].values()) for slot in slots}
             width = max(used.values())

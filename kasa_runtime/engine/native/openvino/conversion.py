@@ -102,9 +102,7 @@ def _build(model_dir: Path, to: Path) -> None:
     logger.info("converting %s for OpenVINO, once", model_dir)
     start_s = time.monotonic()
     AttentionInterface.register(NAME, _open_attention)
-    model = load_decoder(
-        model_dir, dtype=torch.float32, device=torch.device("cpu"), attention=NAME
-    )
+    model = load_decoder(model_dir, dtype=torch.float32, device=torch.device("cpu"), attention=NAME)
     info = DecoderInfo.of(model)
     model.set_experts_implementation("batched_mm")  # the others have steps that cannot be traced
     try:

@@ -1,6 +1,6 @@
 """The OpenVINO executor: the fast one on CPU, in float32.
 
-The graph is converted once (`conversion.py`), closed with paged attention (`attention.py`) and given
+The graph is converted once (`conversion.py`), closed with paged attention (`attention.py`) and gets
 a low-rank branch beside every linear layer (`branches.py`). Factors and masks are state of an
 inference request, so one compiled graph has several requests over the same weights and the same KV
 cache: a plain one, without factors, for steps whose rows are all what the weights are; and one with
@@ -10,6 +10,7 @@ the factors of the resident adapters, which a change of adapters replaces as a w
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -203,7 +204,8 @@ class OpenVinoExecutor(Executor):
         residents = self._make_residents(self._weights, adapters)
 
         def commit() -> None:
-            self._residents = residents
+            before, self._residents = self._residents, residents
+            _release([before])
 
         return commit
 
@@ -211,8 +213,10 @@ class OpenVinoExecutor(Executor):
         residents = self._make_residents(weights, self._residents.adapters)
 
         def commit() -> None:
+            before = [self._weights, self._residents]
             self._weights, self._residents = weights, residents
             self._merged_slot = merged_slot
+            _release(before)
 
         return commit
 
@@ -274,6 +278,11 @@ class OpenVinoExecutor(Executor):
     def _give_caches(self, request: Any) -> None:
         for name, tensor in self._caches.items():
             request.set_tensor(name, tensor)
+
+
+def _release(unused: list[Any]) -> None:
+    """Forget what may be the last references to gigabytes, which takes as long as a step."""
+    threading.Thread(target=unused.clear, name="kasa-release", daemon=True).start()
 
 
 def _options(config: EngineConfig) -> dict[str, Any]:
