@@ -1,8 +1,9 @@
 """Decode throughput: this engine with 8 different KaSA adapters in one batch, against transformers'
-`generate` on the bare base with a batch of 8. Same model, prompts and number of tokens; the two
-take turns in one process, so that noise hits both alike.
+`generate` on the bare base with a batch of the same size. Same model, prompts and number of tokens;
+all take turns, so that noise hits them alike. Several executors can be compared in one run.
 
-python benchmarks/throughput.py [--model M] [--rounds N] [--tokens N] [--threads N] [--json FILE]
+python benchmarks/throughput.py [--model M] [--executor E ...] [--concurrency N] [--rounds N]
+                                [--tokens N] [--threads N] [--json FILE]
 
 Prints tokens per second of every round, the ratio of each pair, and the ratios' median and range.
 """
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -33,7 +35,7 @@ from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.runtime import Runtime, RuntimeConfig
 from kasa_runtime.types import GenerationRequest, SamplingParams
 
-CONCURRENCY = 8
+NUM_ADAPTERS = 8
 PROMPT_TOKENS = 32
 
 
@@ -60,7 +62,7 @@ def make_adapters(root: Path, base: BaseModel, count: int, r: int = 8) -> list[s
 
 
 class Ours:
-    """One round: 8 requests at once, each with the adapter of its number ("" = base)."""
+    """One round: all requests at once, each with the adapter of its number ("" = base)."""
 
     def __init__(self, runtime: Runtime, prompts: list[list[int]], tokens: int) -> None:
         self.runtime, self.prompts, self.tokens = runtime, prompts, tokens
@@ -72,7 +74,7 @@ class Ours:
         self._round += 1
         firsts: list[float] = []
         await asyncio.gather(*(self._one(i, adapter, firsts) for i, adapter in enumerate(adapters)))
-        return CONCURRENCY * (self.tokens - 1) / (time.perf_counter() - max(firsts))
+        return len(adapters) * (self.tokens - 1) / (time.perf_counter() - max(firsts))
 
     async def _one(self, i: int, adapter: str, firsts: list[float]) -> None:
         sampling = SamplingParams(max_tokens=self.tokens, ignore_eos=True)
@@ -103,12 +105,12 @@ def transformers_round(model: torch.nn.Module, prompts: list[list[int]], tokens:
 
     with torch.inference_mode():
         first = seconds(1)
-        return CONCURRENCY * (tokens - 1) / (seconds(tokens) - first)
+        return len(prompts) * (tokens - 1) / (seconds(tokens) - first)
 
 
-def make_prompts(vocabulary: int) -> list[list[int]]:
+def make_prompts(count: int, vocabulary: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
-    shape = (CONCURRENCY, PROMPT_TOKENS)
+    shape = (count, PROMPT_TOKENS)
     return torch.randint(100, vocabulary, shape, generator=generator).tolist()
 
 
@@ -116,24 +118,27 @@ def serve_transformers(pipe: Connection, model_dir: Path, args: argparse.Namespa
     """Child process: one round of the bare base for every message."""
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    prompts = make_prompts(model.config.vocab_size)
+    prompts = make_prompts(args.concurrency, model.config.vocab_size)
     pipe.send("ready")
     while pipe.recv() is not None:
         pipe.send(transformers_round(model, prompts, args.tokens))
 
 
-def serve_ours(pipe: Connection, model_dir: Path, args: argparse.Namespace) -> None:
+def serve_ours(pipe: Connection, model_dir: Path, args: argparse.Namespace, executor: Any) -> None:
     """Child process: one round with the adapters of every message."""
-    asyncio.run(_serve_ours(pipe, model_dir, args))
+    asyncio.run(_serve_ours(pipe, model_dir, args, executor))
 
 
-async def _serve_ours(pipe: Connection, model_dir: Path, args: argparse.Namespace) -> None:
+async def _serve_ours(
+    pipe: Connection, model_dir: Path, args: argparse.Namespace, executor: Any
+) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        make_adapters(Path(scratch), BaseModel(model_dir), CONCURRENCY)
-        native = EngineConfig(threads=args.threads)
+        make_adapters(Path(scratch), BaseModel(model_dir), NUM_ADAPTERS)
+        native = EngineConfig(executor=executor, threads=args.threads)
         config = RuntimeConfig(str(model_dir), Path(scratch), native=native)
         async with await Runtime.create(config) as runtime:
-            ours = Ours(runtime, make_prompts(runtime.model.vocab_size), args.tokens)
+            prompts = make_prompts(args.concurrency, runtime.model.vocab_size)
+            ours = Ours(runtime, prompts, args.tokens)
             pipe.send("ready")
             while (adapters := await asyncio.to_thread(pipe.recv)) is not None:
                 pipe.send(await ours.run(adapters))
@@ -161,13 +166,13 @@ class Subject:
 
 def main(args: argparse.Namespace) -> None:
     model_dir = resolve(args.model)
-    theirs, ours = (Subject(f, model_dir, args) for f in (serve_transformers, serve_ours))
-    names = [f"a{i}" for i in range(CONCURRENCY)]
-    rounds = {
-        "transformers base": (theirs, []),
-        "ours base": (ours, [""] * CONCURRENCY),
-        "ours 8 mixed": (ours, names),
-    }
+    theirs = Subject(serve_transformers, model_dir, args)
+    names = [f"a{i % NUM_ADAPTERS}" for i in range(args.concurrency)]
+    rounds: dict[str, tuple[Subject, list[str]]] = {"transformers base": (theirs, [])}
+    for executor in args.executor:
+        ours = Subject(serve_ours, model_dir, args, executor)
+        rounds[f"{executor} base"] = (ours, [""] * args.concurrency)
+        rounds[f"{executor} {len(set(names))} mixed"] = (ours, names)
     results: dict[str, list[float]] = {name: [] for name in rounds}
     for i in range(args.rounds + 1):
         for name, (subject, adapters) in rounds.items():
@@ -175,14 +180,16 @@ def main(args: argparse.Namespace) -> None:
             if i:  # the first round warms up
                 results[name].append(value)
                 print(f"round {i}: {name:18} {value:7.1f} tokens/s", flush=True)
-    for subject in (theirs, ours):
+    for subject in {subject for subject, _ in rounds.values()}:
         subject.close()
     report(results, args)
 
 
 def report(results: dict[str, list[float]], args: argparse.Namespace) -> None:
     baseline = results["transformers base"]
-    print(f"\nconcurrency {CONCURRENCY}, {args.tokens} tokens, {args.threads} threads, float32")
+    print(
+        f"\nconcurrency {args.concurrency}, {args.tokens} tokens, {args.threads} threads, float32"
+    )
     for name, values in results.items():
         ratios = [v / b for v, b in zip(values, baseline, strict=True)]
         print(
@@ -200,6 +207,8 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--executor", nargs="+", default=["torch", "openvino"])
+    parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=EngineConfig().num_threads)

@@ -10,6 +10,8 @@ from engine.architectures import SERVED
 from engine.making import MemoryTails, load_model, make_deltas, save_model
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.lora import AdapterWeights
+from kasa_runtime.engine.native.executor import Executor
+from kasa_runtime.engine.native.torch_executor import TorchExecutor
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -26,6 +28,17 @@ def served_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="module", params=["torch", "openvino"])
+def executor_class(request: pytest.FixtureRequest) -> type[Executor]:
+    """Each executor in turn."""
+    if request.param == "torch":
+        return TorchExecutor
+    pytest.importorskip("openvino")
+    from kasa_runtime.engine.native.openvino.executor import OpenVinoExecutor
+
+    return OpenVinoExecutor
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ BLOCK_BYTES = 4 * 2 * 3 * 2 * 16 * 4  # of the tiny Llama: four tokens, three la
 def config(**changes: Any) -> EngineConfig:
     """Small blocks, so that every test crosses some; one thread."""
     small = {"threads": 1, "device": "cpu", "dtype": "float32", "block_size": 4}
+    small["executor"] = "torch"
     return EngineConfig(**{**small, "kv_cache_gib": 0.01, "max_num_seqs": 16, **changes})
 
 

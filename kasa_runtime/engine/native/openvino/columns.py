@@ -7,7 +7,7 @@ factors of its own:
 
 An adapter has as many columns as its largest rank in such layers; where a layer has less, the rest
 is zero. Adapters whose tails lie in the same layers share the tail's columns, the smaller ones use
-its last ones; B holds -P there. An adapter whose t differs between layers shares only with its like.
+its last ones; B holds -P there. An adapter whose t differs between layers shares with its like.
 """
 
 from __future__ import annotations
