@@ -68,21 +68,21 @@ class Columns:
     def factors(
         self, deltas: Mapping[int, ModuleDelta], tail: Tail | None, shape: tuple[int, int]
     ) -> tuple[Any, Any]:
-        """A (num, in) and B (out, num) of one layer of `shape` (out, in), from its deltas by slot;
-        `tail` is of the largest rank that one of them needs."""
+        """A^T (in, num) and B^T (num, out) of one layer of `shape` (out, in), from its deltas by
+        slot; `tail` is of the largest rank that one of them needs."""
         out_features, in_features = shape
-        a = np.zeros((self.num, in_features), np.float32)
-        b = np.zeros((out_features, self.num), np.float32)
+        a_t = np.zeros((in_features, self.num), np.float32)
+        b_t = np.zeros((self.num, out_features), np.float32)
         for slot, delta in deltas.items():
             first = self.own[slot][0]
-            a[first : first + delta.rank] = delta.a
-            b[:, first : first + delta.rank] = delta.b
+            a_t[:, first : first + delta.rank] = delta.a.T
+            b_t[first : first + delta.rank] = delta.b.T
             if delta.t:
                 assert tail is not None
                 share, end = tail.last(delta.t), sum(self.tail[slot][:2])
-                a[end - delta.t : end] = share.q  # of a shared tail, the largest is written too
-                b[:, end - delta.t : end] = -share.p
-        return a, b
+                a_t[:, end - delta.t : end] = share.q.T  # the same for all that share it
+                b_t[end - delta.t : end] = -share.p.T
+        return a_t, b_t
 
 
 def _sharing(deltas: Deltas) -> list[list[int]]:

@@ -235,11 +235,11 @@ class OpenVinoExecutor(Executor):
         self._give_caches(request)
         states = {state.name: state for state in request.query_state()}
         for name, shape in self._shapes.items():
-            a, b = columns[branches.kind_of(name)].factors(
+            a_t, b_t = columns[branches.kind_of(name)].factors(
                 layers[name], self._tails.get(name), shape
             )
-            states[f"{name}.A"].state = ov.Tensor(a, shared_memory=True)
-            states[f"{name}.B"].state = ov.Tensor(b, shared_memory=True)
+            states[f"{name}.A"].state = ov.Tensor(a_t, shared_memory=True)
+            states[f"{name}.B"].state = ov.Tensor(b_t, shared_memory=True)
         return Residents(adapters, columns, request)
 
     def _needed_tails(self, adapters: Adapters, tails: TailSource | None) -> dict[str, Tail]:

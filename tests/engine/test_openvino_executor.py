@@ -1,0 +1,205 @@
+"""What is particular to the OpenVINO executor; what both have in common is tested with the other."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.architectures import REFUSED, SERVED
+from engine.making import (
+    MemoryTails,
+    config,
+    load_adapted,
+    load_model,
+    logits_of,
+    make_deltas,
+    prompt,
+    save_model,
+)
+from kasa_runtime.adapter.base import BaseModel
+from kasa_runtime.adapter.lora import AdapterWeights, ModuleDelta
+from kasa_runtime.adapter.tails import TailCache
+from kasa_runtime.engine.factory import make_executor
+from kasa_runtime.engine.native.executor import NO_SLOT, PackedBatch, SequenceSlice
+from kasa_runtime.errors import ConfigError, ModelError
+from kasa_runtime.home import kasa_home
+
+pytest.importorskip("openvino")
+
+from kasa_runtime.engine.native.openvino.executor import OpenVinoExecutor
+
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def rows(executor: OpenVinoExecutor, length: int, slots: list[int]) -> list[torch.Tensor]:
+    """Logits of the same prompt with each of these adapters, in one step."""
+    width = -(-length // executor.block_size)
+    parts = [
+        SequenceSlice(length, 0, range(i * width, (i + 1) * width), slot)
+        for i, slot in enumerate(slots)
+    ]
+    wanted = list(range(length * len(slots)))
+    logits = executor.run(PackedBatch.pack(prompt(length) * len(slots), parts, wanted))
+    return list(logits.split(length))
+
+
+def largest(found: torch.Tensor, want: torch.Tensor) -> float:
+    return float((found - want).abs().max())
+
+
+# --- the converted model --------------------------------------------------------------------------
+
+
+def test_a_converted_model_is_used_again_and_an_unreadable_one_made_anew(
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("KASA_HOME", str(tmp_path))
+    caplog.set_level(logging.INFO)
+    first = rows(OpenVinoExecutor(tiny_llama, config()), 9, [NO_SLOT])
+    [made] = [path for path in (kasa_home() / "openvino").iterdir() if path.is_dir()]
+    assert caplog.text.count("for OpenVINO, once") == 1
+
+    caplog.clear()
+    second = rows(OpenVinoExecutor(tiny_llama, config()), 9, [NO_SLOT])
+    assert torch.equal(first[0], second[0])
+    assert "once" not in caplog.text
+
+    for name in ("model.json", "model.xml", "model.bin", "probe.safetensors"):
+        caplog.clear()
+        (made / name).unlink()
+        (made / name).write_bytes(b"torn")
+        third = rows(OpenVinoExecutor(tiny_llama, config()), 9, [NO_SLOT])
+        assert torch.equal(first[0], third[0])
+        assert "converting this model again" in caplog.text
+
+
+def test_other_settings_of_the_model_are_another_conversion(tmp_path: Path) -> None:
+    model_dir = save_model(SERVED["llama"], tmp_path / "m")
+    before = rows(OpenVinoExecutor(model_dir, config()), 9, [NO_SLOT])[0]
+    path = model_dir / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
+    after = rows(OpenVinoExecutor(model_dir, config()), 9, [NO_SLOT])[0]
+    assert (
+        largest(after, logits_of(load_model(model_dir), prompt(9))) < 1e-4 < largest(after, before)
+    )
+
+
+@pytest.mark.parametrize("why", ["state in some layers", "no attention", "positions of its own"])
+def test_a_model_that_would_come_out_wrong_is_refused(why: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        OpenVinoExecutor(save_model(REFUSED[why], tmp_path), config())
+
+
+# --- which executor -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "taken", "why"),
+    [
+        ("llama", {}, "openvino", "float32 on the CPU"),
+        ("llama", {"dtype": "bfloat16"}, "torch", "bfloat16"),
+        ("gemma2", {}, "torch", "soft-capping"),
+    ],
+)
+def test_auto_takes_openvino_where_it_can(
+    model: str,
+    changes: dict[str, str],
+    taken: str,
+    why: str,
+    served_model: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    executor = make_executor(served_model(model), config(executor="auto", **changes))
+    assert executor.name == taken
+    assert f"executor {taken}: " in caplog.text and why in caplog.text
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"device": "cuda"}])
+def test_what_it_cannot_do_is_refused(changes: dict[str, str], tiny_llama: Path) -> None:
+    with pytest.raises(ConfigError, match="use --executor torch"):
+        make_executor(tiny_llama, config(executor="openvino", **changes))
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def test_tails_that_differ_between_layers_and_adapters(
+    tiny_llama: Path, base: BaseModel, tails: MemoryTails
+) -> None:
+    """Shared by some, of another rank for others, only in some layers, or of two ranks in one
+    adapter."""
+    alike = [make_deltas(base, f"a{t}@1", LAYERS, r=4, t=t, seed=t) for t in (3, 7)]
+    fewer = make_deltas(base, "few@1", ("q_proj", "down_proj"), r=2, t=5, seed=9, only="layers.1")
+    mixed = make_deltas(base, "mixed@1", LAYERS, r=3, seed=11).modules
+    uneven = AdapterWeights(
+        "uneven@1",
+        {n: ModuleDelta(d.a, d.b, i % 3 * 2) for i, (n, d) in enumerate(mixed.items())},
+    )
+    adapters = [*alike, fewer, uneven]
+    executor = OpenVinoExecutor(tiny_llama, config())
+    for slot, adapter in enumerate(adapters):
+        executor.prepare_load(slot, adapter, tails)()
+    executor.prepare_unload(0)()
+    executor.prepare_load(0, adapters[0], tails)()
+    want = [logits_of(load_adapted(tiny_llama, a, tails), prompt(11)) for a in adapters]
+    for slot, found in enumerate(rows(executor, 11, [0, 1, 2, 3])):
+        assert largest(found, want[slot]) < 2e-4, adapters[slot].key
+    executor.prepare_merge(3, tails)()
+    for slot, found in enumerate(rows(executor, 11, [0, 1, 2, 3])):
+        assert largest(found, want[slot]) < 2e-4, adapters[slot].key
+
+
+def test_an_adapted_output_embedding_leaves_the_tied_input_alone(tmp_path: Path) -> None:
+    shape = SERVED["llama"].to_dict() | {"tie_word_embeddings": True}
+    model_dir = save_model(type(SERVED["llama"])(**shape), tmp_path / "tied")
+    base = BaseModel(model_dir)
+    tails = MemoryTails(base)
+    adapter = make_deltas(base, "head@1", ("lm_head", "v_proj"), r=4, seed=5)
+    executor = OpenVinoExecutor(model_dir, config())
+    executor.prepare_load(0, adapter, tails)()
+    plain = logits_of(load_model(model_dir), prompt(9))
+    head = adapter.modules["lm_head"]
+    model = load_adapted(
+        model_dir,
+        AdapterWeights("v@1", {n: d for n, d in adapter.modules.items() if n != "lm_head"}),
+        tails,
+    )
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor([prompt(9)]), use_cache=False)[0][0]
+        adapted = model.lm_head(hidden) + hidden @ head.a.T @ head.b.T
+    for change in (None, executor.prepare_merge(0, tails), executor.prepare_unmerge()):
+        if change is not None:
+            change()
+        found = rows(executor, 9, [NO_SLOT, 0])
+        assert largest(found[0], plain) < 2e-4 and largest(found[1], adapted) < 2e-4
+
+
+@pytest.mark.real_model
+def test_the_real_model_with_adapters_in_one_batch(smollm2: Path) -> None:
+    base = BaseModel(smollm2)
+    tails = TailCache(base)
+    executor = make_executor(smollm2, config(executor="openvino", kv_cache_gib=0.1))
+    adapters = [
+        make_deltas(base, f"a{i}@1", LAYERS, r=8, t=8 * (i % 2), seed=i, scale=0.02)
+        for i in range(2)
+    ]
+    for slot, adapter in enumerate(adapters):
+        executor.prepare_load(slot, adapter, tails)()
+    ids = prompt(24, vocab=executor.vocab_size)
+    part = [SequenceSlice(24, 0, [i], slot) for i, slot in enumerate((NO_SLOT, 0, 1))]
+    batch = PackedBatch.pack(ids * 3, part, list(range(72)))
+    models = [load_model(smollm2), *(load_adapted(smollm2, a, tails) for a in adapters)]
+    want = torch.cat([logits_of(model, ids) for model in models])
+    spread = float(want.std())
+    assert largest(executor.run(batch), want) < 1e-3 * spread
+    executor.prepare_merge(1, tails)()
+    assert largest(executor.run(batch), want) < 1e-3 * spread
+    print(f"largest difference {largest(executor.run(batch), want):.1e}, spread {spread:.1f}")
