@@ -1,4 +1,4 @@
-"""What is particular to the OpenVINO executor; what both have in common is tested with the other."""
+"""What is particular to the OpenVINO executor; what it shares with torch is tested beside it."""
 
 from __future__ import annotations
 

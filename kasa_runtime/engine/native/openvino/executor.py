@@ -37,6 +37,7 @@ from kasa_runtime.engine.native.executor import (
 from kasa_runtime.engine.native.openvino import attention, branches
 from kasa_runtime.engine.native.openvino.columns import Columns
 from kasa_runtime.engine.native.openvino.conversion import ConvertedModel, converted
+from kasa_runtime.engine.native.openvino.settings import plugin_options, require_float32_on_cpu
 from kasa_runtime.engine.native.probe import require_split_prompts
 from kasa_runtime.errors import CapacityExceeded, ConfigError, KasaError, ModelError
 
@@ -64,6 +65,7 @@ class Residents:
 
     adapters: Adapters
     columns: dict[str, Columns]  # by kind of layers
+    masks: dict[str, Any]  # by kind of layers: a state of the request
     request: Any
 
 
@@ -74,10 +76,10 @@ class OpenVinoExecutor(Executor):
     dtype = "float32"
 
     def __init__(self, model_dir: Path, config: EngineConfig) -> None:
-        _require_float32_on_cpu(config)
+        require_float32_on_cpu(config)
         set_torch_threads(1)  # for sampling alone: a second pool would spin beside OpenVINO's
         self._core = ov.Core()
-        self._options = _options(config)
+        self._options = plugin_options(config)
         self._tails: dict[str, Tail] = {}  # per layer, the largest that a resident adapter needs
         model = converted(model_dir, self._core)
         try:
@@ -101,7 +103,7 @@ class OpenVinoExecutor(Executor):
             request = self._weights.plain
         else:
             request = self._residents.request
-            self._set_masks(request, batch, slots)
+            self._set_masks(batch, slots)
         values = {
             "input_ids": batch.token_ids.numpy(),
             "position_ids": batch.positions.numpy(),
@@ -157,7 +159,7 @@ class OpenVinoExecutor(Executor):
         self._mask_ranks = branches.add_branches(model.graph, linears)
         self._pristine = self._weights = self._compile(model.graph)
         self._merged_slot = NO_SLOT
-        self._residents = Residents({}, {}, None)
+        self._residents = Residents({}, {}, {}, None)
 
     def _compile(self, graph: Any) -> Weights:
         compiled = self._core.compile_model(graph, "CPU", self._options)
@@ -223,7 +225,7 @@ class OpenVinoExecutor(Executor):
     def _make_residents(self, weights: Weights, adapters: Adapters) -> Residents:
         """A request of these weights whose state is the factors of these adapters."""
         if not adapters:
-            return Residents({}, {}, None)
+            return Residents({}, {}, {}, None)
         kinds: defaultdict[str, dict[int, dict[str, ModuleDelta]]] = defaultdict(dict)
         layers: defaultdict[str, dict[int, ModuleDelta]] = defaultdict(dict)
         for slot, adapter in adapters.items():
@@ -240,7 +242,8 @@ class OpenVinoExecutor(Executor):
             )
             states[f"{name}.A"].state = ov.Tensor(a_t, shared_memory=True)
             states[f"{name}.B"].state = ov.Tensor(b_t, shared_memory=True)
-        return Residents(adapters, columns, request)
+        masks = {kind: states[f"{kind}.mask"] for kind in columns}
+        return Residents(adapters, columns, masks, request)
 
     def _needed_tails(self, adapters: Adapters, tails: TailSource | None) -> dict[str, Tail]:
         ranks: dict[str, int] = {}
@@ -257,16 +260,14 @@ class OpenVinoExecutor(Executor):
                 needed[name] = tails.get(name, t)
         return needed
 
-    def _set_masks(self, request: Any, batch: PackedBatch, slots: list[int]) -> None:
+    def _set_masks(self, batch: PackedBatch, slots: list[int]) -> None:
+        """Give every row of the step its adapter's columns."""
         present = sorted(set(slots))
         index = [present.index(slot) for slot in slots]
         rows = np.repeat(index, [s.num_tokens for s in batch.sequences])
         logit_rows = rows[batch.logit_rows.numpy()]
         made: dict[Any, Any] = {}  # most kinds of layers have equal masks
-        for state in request.query_state():
-            kind, _, part = state.name.rpartition(".")
-            if part != "mask":
-                continue
+        for kind, state in self._residents.masks.items():
             columns, gathered = self._residents.columns[kind], kind in self._gathered
             key = (id(columns), gathered, self._mask_ranks[kind])
             if key not in made:
@@ -283,26 +284,3 @@ class OpenVinoExecutor(Executor):
 def _release(unused: list[Any]) -> None:
     """Forget what may be the last references to gigabytes, which takes as long as a step."""
     threading.Thread(target=unused.clear, name="kasa-release", daemon=True).start()
-
-
-def _options(config: EngineConfig) -> dict[str, Any]:
-    return {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "KV_CACHE_PRECISION": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": config.num_threads,
-    }
-
-
-def _require_float32_on_cpu(config: EngineConfig) -> None:
-    if config.device not in ("auto", "cpu"):
-        raise ConfigError(
-            f"the openvino executor runs on the CPU, got device {config.device!r}; "
-            "use --executor torch"
-        )
-    if config.dtype not in ("auto", "float32"):
-        raise ConfigError(
-            f"the openvino executor computes in float32, got dtype {config.dtype!r}; "
-            "use --executor torch"
-        )

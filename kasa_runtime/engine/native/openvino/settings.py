@@ -1,0 +1,33 @@
+"""What the engine's settings mean to OpenVINO's CPU plugin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.errors import ConfigError
+
+
+def plugin_options(config: EngineConfig) -> dict[str, Any]:
+    """One stream: a step is one inference, which has all threads."""
+    return {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": config.num_threads,
+    }
+
+
+def require_float32_on_cpu(config: EngineConfig) -> None:
+    """Raises ConfigError for settings that are the torch executor's."""
+    if config.device not in ("auto", "cpu"):
+        raise ConfigError(
+            f"the openvino executor runs on the CPU, got device {config.device!r}; "
+            "use --executor torch"
+        )
+    if config.dtype not in ("auto", "float32"):
+        raise ConfigError(
+            f"the openvino executor computes in float32, got dtype {config.dtype!r}; "
+            "use --executor torch"
+        )
