@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ import openvino as ov
 import torch
 from torch import Tensor
 
-from kasa_runtime.adapter.kasa import Tail, merged_weight
-from kasa_runtime.adapter.lora import AdapterWeights, ModuleDelta
+from kasa_runtime.adapter.kasa import merged_weight
+from kasa_runtime.adapter.lora import AdapterWeights
 from kasa_runtime.background import set_torch_threads
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.engine.native.executor import (
@@ -35,37 +34,24 @@ from kasa_runtime.engine.native.executor import (
     TailSource,
 )
 from kasa_runtime.engine.native.openvino import attention, branches
-from kasa_runtime.engine.native.openvino.columns import Columns
 from kasa_runtime.engine.native.openvino.conversion import ConvertedModel, converted
+from kasa_runtime.engine.native.openvino.lowrank import LowRank, library
 from kasa_runtime.engine.native.openvino.settings import plugin_options, require_float32_on_cpu
 from kasa_runtime.engine.native.probe import require_split_prompts
 from kasa_runtime.errors import CapacityExceeded, ConfigError, KasaError, ModelError
 
 logger = logging.getLogger(__name__)
 
-Adapters = dict[int, AdapterWeights]  # by slot
 TOLERANCE = 1e-3
 """Of the logits against transformers' own, relative to their spread."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One compiled graph: the pristine weights, or those with an adapter merged. `plain` is its
-    request without factors."""
+    """One compiled graph: the pristine weights, or those with an adapter merged."""
 
     graph: Any
     compiled: Any
-    plain: Any
-
-
-@dataclass(frozen=True)
-class Residents:
-    """The adapters that rows can have, and the request that holds their factors; None: no
-    adapters."""
-
-    adapters: Adapters
-    columns: dict[str, Columns]  # by kind of layers
-    masks: dict[str, Any]  # by kind of layers: a state of the request
     request: Any
 
 
@@ -80,13 +66,14 @@ class OpenVinoExecutor(Executor):
         set_torch_threads(1)  # for sampling alone: a second pool would spin beside OpenVINO's
         self._core = ov.Core()
         self._options = plugin_options(config)
-        self._tails: dict[str, Tail] = {}  # per layer, the largest that a resident adapter needs
+        self._adapters: dict[int, AdapterWeights] = {}  # by slot
+        self._low_rank = LowRank(library(), config.max_slots)
         model = converted(model_dir, self._core)
         try:
             self._build(model)
             self._describe(model, config)
             self._caches = attention.allocate(self._pristine.compiled, self.num_blocks)
-            self._give_caches(self._pristine.plain)
+            self._give_caches(self._pristine.request)
             self._require_parity(model)
             require_split_prompts(self, model.info.architecture, 0.01)
         except KasaError:
@@ -98,18 +85,14 @@ class OpenVinoExecutor(Executor):
             ) from error
 
     def run(self, batch: PackedBatch) -> Tensor:
-        slots = [s.slot for s in batch.sequences]
-        if all(slot == self._merged_slot for slot in slots) or self._residents.request is None:
-            request = self._weights.plain
-        else:
-            request = self._residents.request
-            self._set_masks(batch, slots)
+        self._low_rank.begin(batch)
         values = {
             "input_ids": batch.token_ids.numpy(),
             "position_ids": batch.positions.numpy(),
             "logit_rows": batch.logit_rows.numpy(),
             **attention.step_inputs(batch.sequences, self.block_size),
         }
+        request = self._weights.request
         for name, value in values.items():
             request.set_tensor(name, ov.Tensor(value, shared_memory=True))
         request.infer(share_outputs=True)
@@ -120,23 +103,30 @@ class OpenVinoExecutor(Executor):
         missing = [name for name in adapter.modules if name not in self._shapes]
         if missing:
             raise CapacityExceeded(f"{adapter.key}: this engine cannot adapt {missing[0]}")
-        return self._prepare_residents({**self._residents.adapters, slot: adapter}, tails)
+        self._low_rank.prepare(slot, adapter, tails)
+        self._adapters[slot] = adapter
+        return lambda: self._low_rank.merge(self._merged_slot)
 
     def prepare_unload(self, slot: int) -> Commit:
-        adapters = {s: a for s, a in self._residents.adapters.items() if s != slot}
-        return self._prepare_residents(adapters, None)
+        del self._adapters[slot]
+
+        def commit() -> None:
+            self._low_rank.forget(slot)
+            self._low_rank.merge(self._merged_slot)
+
+        return commit
 
     def prepare_merge(self, slot: int, tails: TailSource) -> Commit:
         start_s = time.monotonic()
         graph = self._pristine.graph.clone()
-        modules = self._residents.adapters[slot].modules
+        modules = self._adapters[slot].modules
         for name, node in branches.linear_nodes(graph, modules).items():
             delta = modules[name]
             tail = tails.get(name, delta.t)
             merged = merged_weight(branches.weight(node), delta.a, delta.b, tail)
             branches.set_weight(node, merged)
         weights = self._compile(graph)
-        self._give_caches(weights.plain)
+        self._give_caches(weights.request)
         logger.info("compiled merged weights in %.1f s", time.monotonic() - start_s)
         return self._switch(weights, slot)
 
@@ -144,7 +134,8 @@ class OpenVinoExecutor(Executor):
         return self._switch(self._pristine, NO_SLOT)
 
     def close(self) -> None:
-        del self._weights, self._pristine, self._residents, self._caches, self._core
+        del self._weights, self._pristine, self._caches, self._core
+        self._low_rank.close()
 
     def weights(self) -> dict[str, Tensor]:
         """Dense copies of the weights that are served now, by layer. For tests and checks."""
@@ -155,11 +146,9 @@ class OpenVinoExecutor(Executor):
         attention.close(model.graph, model.layers)
         linears = branches.linear_nodes(model.graph, model.modules)
         self._shapes = {name: model.modules[name] for name in linears}
-        self._gathered = branches.gathered_kinds(model.graph, linears)
-        self._mask_ranks = branches.add_branches(model.graph, linears)
+        self._low_rank.add(model.graph, linears)
         self._pristine = self._weights = self._compile(model.graph)
         self._merged_slot = NO_SLOT
-        self._residents = Residents({}, {}, {}, None)
 
     def _compile(self, graph: Any) -> Weights:
         compiled = self._core.compile_model(graph, "CPU", self._options)
@@ -199,82 +188,14 @@ class OpenVinoExecutor(Executor):
                 f"(by {float((found - want).abs().max()):.1e}); use --executor torch"
             )
 
-    # --- adapters ---------------------------------------------------------------------------------
-
-    def _prepare_residents(self, adapters: Adapters, tails: TailSource | None) -> Commit:
-        self._tails = self._needed_tails(adapters, tails)
-        residents = self._make_residents(self._weights, adapters)
-
+    def _switch(self, weights: Weights, merged_slot: int) -> Commit:
         def commit() -> None:
-            before, self._residents = self._residents, residents
+            before, self._weights = self._weights, weights
+            self._merged_slot = merged_slot
+            self._low_rank.merge(merged_slot)
             _release([before])
 
         return commit
-
-    def _switch(self, weights: Weights, merged_slot: int) -> Commit:
-        residents = self._make_residents(weights, self._residents.adapters)
-
-        def commit() -> None:
-            before = [self._weights, self._residents]
-            self._weights, self._residents = weights, residents
-            self._merged_slot = merged_slot
-            _release(before)
-
-        return commit
-
-    def _make_residents(self, weights: Weights, adapters: Adapters) -> Residents:
-        """A request of these weights whose state is the factors of these adapters."""
-        if not adapters:
-            return Residents({}, {}, {}, None)
-        kinds: defaultdict[str, dict[int, dict[str, ModuleDelta]]] = defaultdict(dict)
-        layers: defaultdict[str, dict[int, ModuleDelta]] = defaultdict(dict)
-        for slot, adapter in adapters.items():
-            for name, delta in adapter.modules.items():
-                kinds[branches.kind_of(name)].setdefault(slot, {})[name] = delta
-                layers[name][slot] = delta
-        columns = {kind: Columns.plan(kinds[kind]) for kind in self._mask_ranks}
-        request = weights.compiled.create_infer_request()
-        self._give_caches(request)
-        states = {state.name: state for state in request.query_state()}
-        for name, shape in self._shapes.items():
-            a_t, b_t = columns[branches.kind_of(name)].factors(
-                layers[name], self._tails.get(name), shape
-            )
-            states[f"{name}.A"].state = ov.Tensor(a_t, shared_memory=True)
-            states[f"{name}.B"].state = ov.Tensor(b_t, shared_memory=True)
-        masks = {kind: states[f"{kind}.mask"] for kind in columns}
-        return Residents(adapters, columns, masks, request)
-
-    def _needed_tails(self, adapters: Adapters, tails: TailSource | None) -> dict[str, Tail]:
-        ranks: dict[str, int] = {}
-        for adapter in adapters.values():
-            for name, delta in adapter.modules.items():
-                ranks[name] = max(delta.t, ranks.get(name, 0))
-        needed = {}
-        for name, t in ranks.items():
-            held = self._tails.get(name)
-            if held is not None and held.rank >= t > 0:
-                needed[name] = held.last(t)
-            elif t:
-                assert tails is not None, "unloading never needs a larger tail"
-                needed[name] = tails.get(name, t)
-        return needed
-
-    def _set_masks(self, batch: PackedBatch, slots: list[int]) -> None:
-        """Give every row of the step its adapter's columns."""
-        present = sorted(set(slots))
-        index = [present.index(slot) for slot in slots]
-        rows = np.repeat(index, [s.num_tokens for s in batch.sequences])
-        logit_rows = rows[batch.logit_rows.numpy()]
-        made: dict[Any, Any] = {}  # most kinds of layers have equal masks
-        for kind, state in self._residents.masks.items():
-            columns, gathered = self._residents.columns[kind], kind in self._gathered
-            key = (id(columns), gathered, self._mask_ranks[kind])
-            if key not in made:
-                table = columns.table(present, self._merged_slot)
-                mask = table[logit_rows if gathered else rows]
-                made[key] = ov.Tensor(mask if self._mask_ranks[kind] == 2 else mask[None])
-            state.state = made[key]
 
     def _give_caches(self, request: Any) -> None:
         for name, tensor in self._caches.items():

@@ -1,0 +1,258 @@
+// The low-rank branches beside linear layers, as one OpenVINO operation for all layers that share
+// their input:
+//
+//     y_l[i] += sum_j  c_j (x[i] . a_lj) b_lj        of the terms of row i's adapter
+//
+// A term is one column of an adapter's factors, or of the shared tail with c = -1. Its two vectors
+// are rows of the caller's memory, so nothing is copied when an adapter comes, goes or is merged;
+// the work of a step grows with the adapters of its rows and not with those that are loaded.
+//
+// Rows with the same adapter form a unit. Units are cut into blocks; a block of one layer is one
+// task, which reads each factor once. Everything float32; sums over the input are float32 too.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/op/op.hpp>
+#include <tbb/parallel_for.h>
+
+namespace kasa {
+
+constexpr int64_t kRows = 16;     // of a block
+constexpr int64_t kColumns = 64;  // outputs that are summed in registers
+constexpr int64_t kSerial = 1 << 15;  // multiplications below which threads cost more than they save
+
+struct Term {
+    const float* a;  // (in,)
+    const float* b;  // (out,)
+    float c;
+};
+
+struct Unit {
+    int32_t set;  // whose terms; -1: none
+    int32_t first, count;  // rows, as indices into Step::rows
+};
+
+struct Step {
+    std::vector<int32_t> rows;
+    std::vector<Unit> blocks;
+};
+
+// The terms of every layer by set (what one unit adds), and the units of the current step: [0] of
+// all its tokens, [1] of those whose logits are wanted.
+struct Table {
+    std::vector<std::vector<std::vector<Term>>> terms;
+    Step steps[2];
+};
+
+using Vec = float __attribute__((vector_size(64), aligned(4)));
+
+inline float sum(Vec v) {
+    float total = 0;
+    for (int i = 0; i < 16; ++i) total += v[i];
+    return total;
+}
+
+// h[j] = c_j (x . a_j) for `count` terms
+void shrink(const float* x, int64_t in, const Term* terms, int64_t count, float* h) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+        const float *a0 = terms[j].a, *a1 = terms[j + 1].a, *a2 = terms[j + 2].a, *a3 = terms[j + 3].a;
+        Vec s0{}, s1{}, s2{}, s3{};
+        int64_t k = 0;
+        for (; k + 16 <= in; k += 16) {
+            const Vec v = *reinterpret_cast<const Vec*>(x + k);
+            s0 += v * *reinterpret_cast<const Vec*>(a0 + k);
+            s1 += v * *reinterpret_cast<const Vec*>(a1 + k);
+            s2 += v * *reinterpret_cast<const Vec*>(a2 + k);
+            s3 += v * *reinterpret_cast<const Vec*>(a3 + k);
+        }
+        float t0 = sum(s0), t1 = sum(s1), t2 = sum(s2), t3 = sum(s3);
+        for (; k < in; ++k) {
+            t0 += x[k] * a0[k];
+            t1 += x[k] * a1[k];
+            t2 += x[k] * a2[k];
+            t3 += x[k] * a3[k];
+        }
+        h[j] = terms[j].c * t0;
+        h[j + 1] = terms[j + 1].c * t1;
+        h[j + 2] = terms[j + 2].c * t2;
+        h[j + 3] = terms[j + 3].c * t3;
+    }
+    for (; j < count; ++j) {
+        Vec s{};
+        int64_t k = 0;
+        for (; k + 16 <= in; k += 16)
+            s += *reinterpret_cast<const Vec*>(x + k) * *reinterpret_cast<const Vec*>(terms[j].a + k);
+        float t = sum(s);
+        for (; k < in; ++k) t += x[k] * terms[j].a[k];
+        h[j] = terms[j].c * t;
+    }
+}
+
+// y = y0 + sum_j h[j] b_j over the outputs [first, last)
+void expand(const float* y0, float* y, int64_t first, int64_t last, const Term* terms, int64_t count,
+            const float* h) {
+    int64_t k = first;
+    for (; k + kColumns <= last; k += kColumns) {
+        Vec s[4];
+        for (int v = 0; v < 4; ++v) s[v] = *reinterpret_cast<const Vec*>(y0 + k + 16 * v);
+        for (int64_t j = 0; j < count; ++j) {
+            const float* b = terms[j].b + k;
+            for (int v = 0; v < 4; ++v) s[v] += h[j] * *reinterpret_cast<const Vec*>(b + 16 * v);
+        }
+        for (int v = 0; v < 4; ++v) *reinterpret_cast<Vec*>(y + k + 16 * v) = s[v];
+    }
+    for (; k < last; ++k) {
+        float total = y0[k];
+        for (int64_t j = 0; j < count; ++j) total += h[j] * terms[j].b[k];
+        y[k] = total;
+    }
+}
+
+void run_block(const Step& step, const Unit& block, const std::vector<Term>& terms, const float* x,
+               int64_t in, const float* y0, float* y, int64_t out) {
+    const int64_t count = static_cast<int64_t>(terms.size());
+    std::vector<float> h(kRows * count);
+    for (int32_t i = 0; i < block.count; ++i)
+        shrink(x + step.rows[block.first + i] * in, in, terms.data(), count, h.data() + i * count);
+    // A strip of all b_j stays in the first cache while it serves the rows of the block.
+    for (int64_t k = 0; k < out; k += 4 * kColumns)
+        for (int32_t i = 0; i < block.count; ++i) {
+            const int64_t row = step.rows[block.first + i] * out;
+            expand(y0 + row, y + row, k, std::min(out, k + 4 * kColumns), terms.data(), count,
+                   h.data() + i * count);
+        }
+}
+
+class LowRank : public ov::op::Op {
+public:
+    OPENVINO_OP("LowRank", "kasa");
+
+    LowRank() = default;
+    LowRank(const ov::OutputVector& arguments, int64_t table, std::vector<int64_t> layers, int64_t step)
+        : Op(arguments), table_(table), layers_(std::move(layers)), step_(step) {
+        constructor_validate_and_infer_types();
+    }
+
+    // x (..., in), then y (..., out) of each layer
+    void validate_and_infer_types() override {
+        const size_t count = get_input_size() - 1;
+        set_output_size(count);
+        for (size_t i = 0; i < count; ++i)
+            set_output_type(i, get_input_element_type(i + 1), get_input_partial_shape(i + 1));
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override {
+        return std::make_shared<LowRank>(arguments, table_, layers_, step_);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("table", table_);
+        visitor.on_attribute("layers", layers_);
+        visitor.on_attribute("step", step_);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        const Table& table = *reinterpret_cast<const Table*>(table_);
+        const Step& step = table.steps[step_];
+        const int64_t in = inputs[0].get_shape().back();
+        const float* x = inputs[0].data<const float>();
+        const size_t num_layers = layers_.size(), num_blocks = step.blocks.size();
+        int64_t work = 0;
+        for (size_t i = 0; i < num_layers; ++i) {
+            outputs[i].set_shape(inputs[i + 1].get_shape());
+            const auto& sets = table.terms[layers_[i]];
+            const int64_t out = inputs[i + 1].get_shape().back();
+            for (const Unit& block : step.blocks)
+                work += block.count * (out + (block.set < 0 ? 0 : sets[block.set].size() * (in + out)));
+        }
+        const auto task = [&](size_t index) {
+            static const std::vector<Term> none;
+            const size_t i = index % num_layers;
+            const Unit& block = step.blocks[index / num_layers];
+            const auto& terms = block.set < 0 ? none : table.terms[layers_[i]][block.set];
+            run_block(step, block, terms, x, in, inputs[i + 1].data<const float>(),
+                      outputs[i].data<float>(), inputs[i + 1].get_shape().back());
+        };
+        if (work < kSerial)
+            for (size_t i = 0; i < num_blocks * num_layers; ++i) task(i);
+        else
+            tbb::parallel_for(size_t(0), num_blocks * num_layers, task);
+        return true;
+    }
+
+private:
+    int64_t table_ = 0;
+    std::vector<int64_t> layers_;
+    int64_t step_ = 0;
+};
+
+}  // namespace kasa
+
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
+    {std::make_shared<ov::OpExtension<kasa::LowRank>>()}));
+
+extern "C" {
+
+kasa::Table* kasa_table_new(int64_t num_layers, int64_t num_sets) {
+    auto* table = new kasa::Table;
+    table->terms.assign(num_layers, std::vector<std::vector<kasa::Term>>(num_sets));
+    return table;
+}
+
+void kasa_table_free(kasa::Table* table) { delete table; }
+
+// Add the first to last row of A (rank, in) and B (rank, out) to a set; nothing is copied.
+void kasa_table_add(kasa::Table* table, int64_t layer, int64_t set, const float* a, int64_t in,
+                    const float* b, int64_t out, int64_t rank, float c) {
+    auto& terms = table->terms[layer][set];
+    for (int64_t j = 0; j < rank; ++j) terms.push_back({a + j * in, b + j * out, c});
+}
+
+// Empty a set in all layers.
+void kasa_table_clear(kasa::Table* table, int64_t set) {
+    for (auto& sets : table->terms) sets[set].clear();
+}
+
+// While the adapter `merged` is in the weights, a row of slot s needs set num_slots + s and a row of
+// the base set 2 num_slots; where it is negative these sets become empty.
+void kasa_table_merge(kasa::Table* table, int64_t num_slots, int64_t merged) {
+    for (auto& sets : table->terms)
+        for (int64_t s = 0; s <= num_slots; ++s) {
+            auto& terms = sets[num_slots + s];
+            terms.clear();
+            if (merged < 0) continue;
+            if (s < num_slots) terms = sets[s];
+            for (kasa::Term term : sets[merged]) {
+                term.c = -term.c;
+                terms.push_back(term);
+            }
+        }
+}
+
+// sets[i] is the set of row i, -1 for none.
+void kasa_table_step(kasa::Table* table, int64_t which, const int32_t* sets, int64_t num_rows) {
+    kasa::Step& step = table->steps[which];
+    step.rows.resize(num_rows);
+    for (int64_t i = 0; i < num_rows; ++i) step.rows[i] = static_cast<int32_t>(i);
+    std::stable_sort(step.rows.begin(), step.rows.end(),
+                     [&](int32_t i, int32_t j) { return sets[i] < sets[j]; });
+    step.blocks.clear();
+    for (int32_t i = 0; i < num_rows; ++i) {
+        const int32_t set = sets[step.rows[i]];
+        if (step.blocks.empty() || step.blocks.back().set != set || step.blocks.back().count == kasa::kRows)
+            step.blocks.push_back({set, i, 0});
+        ++step.blocks.back().count;
+    }
+}
+
+}

@@ -1,0 +1,179 @@
+"""Low-rank branches beside a graph's linear layers: an operation of our own (`lowrank.cpp`), one
+for all layers that share their input, that adds to each row the terms of its adapter.
+
+    y = x W^T + (x A^T) B^T - (x Q^T) P^T        A (r, in), B (out, r), Q (t, in), P (out, t)
+
+The operations of all graphs of an executor read one table of pointers, so a change of adapters
+touches neither a graph nor a factor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino.utils.node_factory import NodeFactory
+from torch import Tensor
+
+from kasa_runtime.adapter.kasa import Tail
+from kasa_runtime.adapter.lora import AdapterWeights, ModuleDelta
+from kasa_runtime.engine.native.executor import NO_SLOT, PackedBatch, TailSource
+from kasa_runtime.engine.native.openvino import branches
+
+ALL_ROWS, LOGIT_ROWS = 0, 1
+"""Which rows of a step an operation sees."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's factors in one slot, rows to read: a (r, in), b (r, out), q (t, in), p (t, out).
+    float32, contiguous."""
+
+    a: Tensor
+    b: Tensor
+    q: Tensor | None
+    p: Tensor | None
+
+
+class LowRank:
+    """The table of terms and the operations that read it. `prepare_*` on any thread, all else on
+    the step thread."""
+
+    def __init__(self, library: Path, num_slots: int) -> None:
+        self._native = _load(library)
+        self._factory = NodeFactory()
+        self._factory.add_extension(library)
+        self._num_slots = num_slots
+        self._layers: dict[str, int] = {}  # their numbers in the table
+        self._held: dict[int, dict[str, Factors]] = {}  # by slot
+        self._merged_slot = NO_SLOT
+        self._table: Any = None
+
+    def add(self, graph: Any, linears: Mapping[str, Any]) -> None:
+        """Put the operations beside `linears`, the products by layer. Once, before all else."""
+        self._layers = {name: number for number, name in enumerate(linears)}
+        # of every slot: what its rows need, and what they need while another one is merged; and
+        # what the base's rows need then
+        num_sets = 2 * self._num_slots + 1
+        self._table = self._native.kasa_table_new(len(linears), num_sets)
+        gathered = branches.gathered_kinds(graph, linears)
+        for x, names in _by_input(linears):
+            products = [linears[name].output(0) for name in names]
+            users = [list(product.get_target_inputs()) for product in products]
+            rows = LOGIT_ROWS if branches.kind_of(names[0]) in gathered else ALL_ROWS
+            attributes = {
+                "table": self._table,
+                "layers": [self._layers[name] for name in names],
+                "step": rows,
+            }
+            node = self._factory.create("LowRank", [x, *products], attributes)
+            for output, inputs in zip(node.outputs(), users, strict=True):
+                for user in inputs:
+                    user.replace_source_output(output)
+        graph.validate_nodes_and_infer_types()
+
+    def close(self) -> None:
+        """Call when no graph with the operations is left."""
+        self._native.kasa_table_free(self._table)
+
+    def prepare(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> None:
+        """Fill a slot that no row has."""
+        held = {}
+        for name, delta in adapter.modules.items():
+            held[name] = factors = _factors(delta, self._tail(name, delta.t, tails))
+            self._append(name, slot, factors.a, factors.b, 1.0)
+            if factors.q is not None and factors.p is not None:
+                self._append(name, slot, factors.q, factors.p, -1.0)
+        self._held[slot] = held
+
+    def forget(self, slot: int) -> None:
+        self._native.kasa_table_clear(self._table, slot)
+        self._held.pop(slot, None)
+
+    def merge(self, slot: int) -> None:
+        """Rows get what distinguishes their adapter from the one in `slot`, which is in the
+        weights; NO_SLOT: none is. Again after every change of adapters."""
+        self._merged_slot = slot
+        self._native.kasa_table_merge(self._table, self._num_slots, slot)
+
+    def begin(self, batch: PackedBatch) -> None:
+        """Give every row of the step its terms."""
+        sets = [self._set(s.slot) for s in batch.sequences]
+        rows = np.repeat(np.array(sets, np.int32), [s.num_tokens for s in batch.sequences])
+        self._step(ALL_ROWS, rows)
+        self._step(LOGIT_ROWS, rows[batch.logit_rows.numpy()])
+
+    def _set(self, slot: int) -> int:
+        if slot == self._merged_slot:
+            return -1
+        if self._merged_slot == NO_SLOT:
+            return slot
+        return 2 * self._num_slots if slot == NO_SLOT else self._num_slots + slot
+
+    def _step(self, which: int, sets: NDArray[np.int32]) -> None:
+        self._native.kasa_table_step(self._table, which, sets.ctypes.data, len(sets))
+
+    def _append(self, name: str, slot: int, a: Tensor, b: Tensor, factor: float) -> None:
+        rank, in_features = a.shape
+        self._native.kasa_table_add(
+            self._table, self._layers[name], slot, a.data_ptr(), in_features, b.data_ptr(),
+            b.shape[1], rank, factor,
+        )  # fmt: skip
+
+    def _tail(self, name: str, t: int, tails: TailSource) -> tuple[Tensor, Tensor] | None:
+        """(q, p) of rank t, of a resident adapter where one has enough."""
+        if not t:
+            return None
+        for held in self._held.values():
+            factors = held.get(name)
+            if factors is not None and factors.q is not None and len(factors.q) >= t:
+                assert factors.p is not None
+                return factors.q[-t:], factors.p[-t:]
+        tail: Tail = tails.get(name, t)
+        return _rows(tail.q), _rows(tail.p.T)
+
+
+def _factors(delta: ModuleDelta, tail: tuple[Tensor, Tensor] | None) -> Factors:
+    q, p = tail or (None, None)
+    return Factors(_rows(delta.a), _rows(delta.b.T), q, p)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.float().contiguous()
+
+
+def _by_input(linears: Mapping[str, Any]) -> list[tuple[Any, list[str]]]:
+    """Layers that read the same output, in order."""
+    groups: list[tuple[Any, list[str]]] = []
+    for name, node in linears.items():
+        x = node.input(0).get_source_output()
+        if groups and groups[-1][0] == x:
+            groups[-1][1].append(name)
+        else:
+            groups.append((x, [name]))
+    return groups
+
+
+def library() -> Path:
+    return Path("/tmp/k/op/libkasa.so")
+
+
+def _load(library: Path) -> Any:
+    native = ctypes.CDLL(str(library))
+    i64, pointer = ctypes.c_int64, ctypes.c_void_p
+    native.kasa_table_new.restype = pointer
+    native.kasa_table_new.argtypes = [i64, i64]
+    native.kasa_table_free.argtypes = [pointer]
+    native.kasa_table_add.argtypes = [
+        pointer, i64, i64, pointer, i64, pointer, i64, i64, ctypes.c_float
+    ]  # fmt: skip
+    native.kasa_table_clear.argtypes = [pointer, i64]
+    native.kasa_table_merge.argtypes = [pointer, i64, i64]
+    native.kasa_table_step.argtypes = [pointer, i64, pointer, i64]
+    return native
