@@ -1,10 +1,8 @@
 """The OpenVINO executor: the fast one on CPU, in float32.
 
 The graph is converted once (`conversion.py`), closed with paged attention (`attention.py`) and gets
-a low-rank branch beside every linear layer (`branches.py`). Factors and masks are state of an
-inference request, so one compiled graph has several requests over the same weights and the same KV
-cache: a plain one, without factors, for steps whose rows are all what the weights are; and one with
-the factors of the resident adapters, which a change of adapters replaces as a whole.
+an operation for the low-rank branches beside its linear layers (`lowrank.py`). Merging an adapter
+compiles the graph again with other weights, beside the pristine one.
 """
 
 from __future__ import annotations
@@ -33,9 +31,10 @@ from kasa_runtime.engine.native.executor import (
     SequenceSlice,
     TailSource,
 )
-from kasa_runtime.engine.native.openvino import attention, branches
+from kasa_runtime.engine.native.openvino import attention, linears
 from kasa_runtime.engine.native.openvino.conversion import ConvertedModel, converted
-from kasa_runtime.engine.native.openvino.lowrank import LowRank, library
+from kasa_runtime.engine.native.openvino.lowrank import LowRank
+from kasa_runtime.engine.native.openvino.native import compiled_library
 from kasa_runtime.engine.native.openvino.settings import plugin_options, require_float32_on_cpu
 from kasa_runtime.engine.native.probe import require_split_prompts
 from kasa_runtime.errors import CapacityExceeded, ConfigError, KasaError, ModelError
@@ -67,7 +66,7 @@ class OpenVinoExecutor(Executor):
         self._core = ov.Core()
         self._options = plugin_options(config)
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
-        self._low_rank = LowRank(library(), config.max_slots)
+        self._low_rank = LowRank(compiled_library(), config.max_slots)
         model = converted(model_dir, self._core)
         try:
             self._build(model)
@@ -120,11 +119,11 @@ class OpenVinoExecutor(Executor):
         start_s = time.monotonic()
         graph = self._pristine.graph.clone()
         modules = self._adapters[slot].modules
-        for name, node in branches.linear_nodes(graph, modules).items():
+        for name, node in linears.linear_nodes(graph, modules).items():
             delta = modules[name]
             tail = tails.get(name, delta.t)
-            merged = merged_weight(branches.weight(node), delta.a, delta.b, tail)
-            branches.set_weight(node, merged)
+            merged = merged_weight(linears.weight(node), delta.a, delta.b, tail)
+            linears.set_weight(node, merged)
         weights = self._compile(graph)
         self._give_caches(weights.request)
         logger.info("compiled merged weights in %.1f s", time.monotonic() - start_s)
@@ -139,14 +138,14 @@ class OpenVinoExecutor(Executor):
 
     def weights(self) -> dict[str, Tensor]:
         """Dense copies of the weights that are served now, by layer. For tests and checks."""
-        nodes = branches.linear_nodes(self._weights.graph, self._shapes)
-        return {name: branches.weight(node) for name, node in nodes.items()}
+        nodes = linears.linear_nodes(self._weights.graph, self._shapes)
+        return {name: linears.weight(node) for name, node in nodes.items()}
 
     def _build(self, model: ConvertedModel) -> None:
         attention.close(model.graph, model.layers)
-        linears = branches.linear_nodes(model.graph, model.modules)
-        self._shapes = {name: model.modules[name] for name in linears}
-        self._low_rank.add(model.graph, linears)
+        nodes = linears.linear_nodes(model.graph, model.modules)
+        self._shapes = {name: model.modules[name] for name in nodes}
+        self._low_rank.add(model.graph, nodes)
         self._pristine = self._weights = self._compile(model.graph)
         self._merged_slot = NO_SLOT
 

@@ -165,6 +165,8 @@ public:
         const Table& table = *reinterpret_cast<const Table*>(table_);
         const Step& step = table.steps[step_];
         const int64_t in = inputs[0].get_shape().back();
+        OPENVINO_ASSERT(inputs[0].get_size() == step.rows.size() * in, "want one row of x per token, got ",
+                        inputs[0].get_shape(), " for ", step.rows.size(), " tokens");
         const float* x = inputs[0].data<const float>();
         const size_t num_layers = layers_.size(), num_blocks = step.blocks.size();
         int64_t work = 0;

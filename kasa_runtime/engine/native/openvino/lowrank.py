@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
 from openvino.utils.node_factory import NodeFactory
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch import Tensor
 from kasa_runtime.adapter.kasa import Tail
 from kasa_runtime.adapter.lora import AdapterWeights, ModuleDelta
 from kasa_runtime.engine.native.executor import NO_SLOT, PackedBatch, TailSource
-from kasa_runtime.engine.native.openvino import branches
+from kasa_runtime.engine.native.openvino.linears import below_logit_rows
 
 ALL_ROWS, LOGIT_ROWS = 0, 1
 """Which rows of a step an operation sees."""
@@ -62,15 +61,14 @@ class LowRank:
         # what the base's rows need then
         num_sets = 2 * self._num_slots + 1
         self._table = self._native.kasa_table_new(len(linears), num_sets)
-        gathered = branches.gathered_kinds(graph, linears)
+        gathered = below_logit_rows(graph, linears)
         for x, names in _by_input(linears):
             products = [linears[name].output(0) for name in names]
             users = [list(product.get_target_inputs()) for product in products]
-            rows = LOGIT_ROWS if branches.kind_of(names[0]) in gathered else ALL_ROWS
             attributes = {
                 "table": self._table,
                 "layers": [self._layers[name] for name in names],
-                "step": rows,
+                "step": LOGIT_ROWS if names[0] in gathered else ALL_ROWS,
             }
             node = self._factory.create("LowRank", [x, *products], attributes)
             for output, inputs in zip(node.outputs(), users, strict=True):
@@ -158,10 +156,6 @@ def _by_input(linears: Mapping[str, Any]) -> list[tuple[Any, list[str]]]:
         else:
             groups.append((x, [name]))
     return groups
-
-
-def library() -> Path:
-    return Path("/tmp/k/op/libkasa.so")
 
 
 def _load(library: Path) -> Any:
