@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine.making import require_openvino
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,9 +26,9 @@ from kasa_runtime.adapter.lora import AdapterWeights, fold
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.engine.base import EngineRequest
 from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.engine.factory import make_executor
 from kasa_runtime.engine.native.engine import NativeEngine
 from kasa_runtime.engine.native.executor import NO_SLOT, PackedBatch, SequenceSlice
-from kasa_runtime.engine.native.torch_executor import TorchExecutor
 from kasa_runtime.types import SamplingParams
 
 pytestmark = pytest.mark.real_model
@@ -37,7 +38,6 @@ NUM_TOKENS = 32
 LOGIT_PROMPTS = 8  # of the 16: logits at every position of the first so many
 MERGED_PROMPTS = 4
 BATCH = 8
-BLOCK = 16
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -224,15 +224,17 @@ def wanted(smollm2: Path, prompts: list[list[int]], trained: Path) -> dict[str, 
 class Serving:
     """One engine, with all adapters loaded, and its executor."""
 
-    def __init__(self, model_dir: Path, trained: Path, prompts: list[list[int]]) -> None:
+    def __init__(
+        self, model_dir: Path, trained: Path, prompts: list[list[int]], executor: Any
+    ) -> None:
         settings = EngineConfig(
-            threads=1, device="cpu", dtype="float32", max_num_seqs=16, block_size=BLOCK
+            executor=executor, threads=1, device="cpu", dtype="float32", max_num_seqs=16
         )
         self._prompts = prompts
         self._base = BaseModel(model_dir)
         self._tails = TailCache(self._base)
         self._trained = trained
-        self._executor = TorchExecutor(model_dir, settings)
+        self._executor = make_executor(model_dir, settings)
         self._engine = NativeEngine(settings, lambda: self._executor, self._tails)
         self._slots = {"": NO_SLOT}
 
@@ -276,9 +278,9 @@ class Serving:
 
     def _logits(self, pairs: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Tensor]:
         """One step of whole prompts."""
-        parts, block = [], 0
+        parts, block, block_size = [], 0, self._executor.block_size
         for name, i in pairs:
-            num_blocks = -(-len(self._prompts[i]) // BLOCK)
+            num_blocks = -(-len(self._prompts[i]) // block_size)
             table = range(block, block + num_blocks)
             parts.append(SequenceSlice(len(self._prompts[i]), 0, table, self._slots[name]))
             block += num_blocks
@@ -294,11 +296,18 @@ class Serving:
             return [t async for o in self._engine.generate(request) for t in o.token_ids]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["torch", "openvino"])
 def found(
-    smollm2: Path, trained: Path, prompts: list[list[int]], wanted: dict[str, Served]
+    smollm2: Path,
+    trained: Path,
+    prompts: list[list[int]],
+    wanted: dict[str, Served],
+    request: pytest.FixtureRequest,
 ) -> Found:
-    return asyncio.run(Serving(smollm2, trained, prompts).run())
+    """Of each executor in turn."""
+    if request.param == "openvino":
+        require_openvino()
+    return asyncio.run(Serving(smollm2, trained, prompts, request.param).run())
 
 
 # --- the comparison ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.architectures import SERVED
-from engine.making import MemoryTails, load_model, make_deltas, save_model
+from engine.making import MemoryTails, load_model, make_deltas, require_openvino, save_model
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.lora import AdapterWeights
 from kasa_runtime.engine.native.executor import Executor
@@ -35,7 +35,7 @@ def executor_class(request: pytest.FixtureRequest) -> type[Executor]:
     """Each executor in turn."""
     if request.param == "torch":
         return TorchExecutor
-    pytest.importorskip("openvino")
+    require_openvino()
     from kasa_runtime.engine.native.openvino.executor import OpenVinoExecutor
 
     return OpenVinoExecutor

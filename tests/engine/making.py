@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -21,6 +22,7 @@ from kasa_runtime.engine.base import EngineOutput, EngineRequest
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.engine.native.engine import NativeEngine
 from kasa_runtime.engine.native.torch_executor import TorchExecutor
+from kasa_runtime.errors import ModelError
 from kasa_runtime.types import FinishReason, SamplingParams
 
 BLOCK_BYTES = 4 * 2 * 3 * 2 * 16 * 4  # of the tiny Llama: four tokens, three layers, float32
@@ -28,14 +30,25 @@ BLOCK_BYTES = 4 * 2 * 3 * 2 * 16 * 4  # of the tiny Llama: four tokens, three la
 
 def config(**changes: Any) -> EngineConfig:
     """Small blocks, so that every test crosses some; one thread."""
-    small = {"threads": 1, "device": "cpu", "dtype": "float32", "block_size": 4}
-    small["executor"] = "torch"
-    return EngineConfig(**{**small, "kv_cache_gib": 0.01, "max_num_seqs": 16, **changes})
+    small: dict[str, Any] = {"executor": "torch", "threads": 1, "device": "cpu"}
+    small |= {"dtype": "float32", "block_size": 4, "kv_cache_gib": 0.01, "max_num_seqs": 16}
+    return EngineConfig(**{**small, **changes})
 
 
 def few_blocks(count: int) -> dict[str, float]:
     """The setting under which the tiny Llama gets `count` blocks of four tokens."""
     return {"kv_cache_gib": count * BLOCK_BYTES / 2**30}
+
+
+def require_openvino() -> None:
+    """Skip the test where the openvino executor cannot be had."""
+    pytest.importorskip("openvino")
+    from kasa_runtime.engine.native.openvino.native import find_compiler
+
+    try:
+        find_compiler()
+    except ModelError as error:
+        pytest.skip(str(error))
 
 
 def save_model(model_config: PreTrainedConfig, directory: Path, *, seed: int = 0) -> Path:

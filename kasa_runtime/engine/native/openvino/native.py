@@ -31,7 +31,7 @@ def compiled_library() -> Path:
     version = _run([compiler, "--version"])
     parts = (SOURCE.read_text(), ov.__version__, version, _processor(), " ".join(FLAGS))
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    final = kasa_home() / "openvino" / f"lowrank-{digest}"
+    final = kasa_home() / "native" / f"lowrank-{digest}"
     library = final / f"liblowrank{sysconfig.get_config_var('SHLIB_SUFFIX')}"
 
     def build(to: Path) -> None:
