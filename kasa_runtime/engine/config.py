@@ -23,6 +23,13 @@ class EngineConfig:
         default="auto",
         metadata={"help": "weights and activations; auto: float32 on CPU, the model's own on CUDA"},
     )
+    quantization: Literal["none", "int8", "int4"] = field(
+        default="none",
+        metadata={
+            "help": "the base's weights as integers of 8 or 4 bits, compressed once (openvino; "
+            "needs nncf); adapters stay float32, and layers with a merged adapter become it"
+        },
+    )
     device: str = field(
         default="auto", metadata={"help": "auto (CUDA when there is one), cpu, cuda or cuda:N"}
     )
@@ -53,7 +60,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for name in ("executor", "dtype"):
+        for name in ("executor", "dtype", "quantization"):
             if getattr(self, name) not in (allowed := get_args(hints[name])):
                 raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in (
@@ -68,6 +75,11 @@ class EngineConfig:
         for name in ("threads", "max_queue", "max_model_len"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.quantization != "none" and self.executor == "torch":
+            raise ConfigError(
+                f"quantization {self.quantization} is the openvino executor's, got executor torch; "
+                "use --executor openvino, or --quantization none"
+            )
         if not self.kv_cache_gib > 0:
             raise ConfigError(f"kv_cache_gib must be above 0, got {self.kv_cache_gib}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -24,10 +24,11 @@ def make_engine(model_dir: Path, tails: TailCache, config: EngineConfig) -> Engi
 
 def make_executor(model_dir: Path, config: EngineConfig) -> Executor:
     """The executor that the configuration names; "auto" is OpenVINO where it serves this model as
-    well, else torch. Step thread. Raises ModelError, ConfigError."""
+    well, else torch; with a quantization it is OpenVINO alone. Step thread. Raises ModelError,
+    ConfigError."""
     if config.executor == "torch":
         return _torch(model_dir, config)
-    if config.executor == "openvino":
+    if config.executor == "openvino" or config.quantization != "none":
         if not _is_installed():
             raise ConfigError("executor openvino: the package is missing; pip install openvino")
         return _openvino(model_dir, config)

@@ -13,10 +13,10 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from kasa_runtime.adapter.base import linear_layers
 from kasa_runtime.adapter.fingerprint import fingerprint
 from kasa_runtime.base_model.cache import build_once
 from kasa_runtime.engine.native.decoder import DecoderInfo, load_decoder
+from kasa_runtime.engine.native.openvino import compression, linears
 from kasa_runtime.errors import KasaError, ModelError
 from kasa_runtime.home import kasa_home
 
@@ -71,21 +73,34 @@ class ConvertedModel:
     probe: tuple[Tensor, Tensor]
 
 
-def converted(model_dir: Path, core: Any) -> ConvertedModel:
-    """The model of the directory, from the cache under KASA_HOME if it is there. Raises ModelError
-    for one that cannot be converted."""
-    final = kasa_home() / "openvino" / _key(model_dir)
+def converted(model_dir: Path, core: Any, quantization: str = "none") -> ConvertedModel:
+    """The model of the directory, from the cache under KASA_HOME if it is there. One with a
+    quantization is made from the float32 one, which is then in the cache too. Raises ModelError for
+    one that cannot be converted, ConfigError where NNCF is needed and missing."""
+    key = _key(model_dir)
+    if quantization == "none":
+        return _cached(key, lambda to: _write(_convert(model_dir), to), core)
+
+    def build(to: Path) -> None:
+        compression.require_nncf(quantization)
+        _write(_compressed(model_dir, converted(model_dir, core), quantization), to)
+
+    return _cached(f"{key}-{quantization}-{compression.VERSION}", build, core)
+
+
+def _cached(key: str, build: Callable[[Path], None], core: Any) -> ConvertedModel:
+    """What `build` makes in a directory, read from the one that it has made already if it can
+    be."""
+    final = kasa_home() / "openvino" / key
     is_built = final.is_dir()
-    build_once(final, lambda to: _build(model_dir, to), is_complete=Path.is_dir, say=logger.info)
+    build_once(final, build, is_complete=Path.is_dir, say=logger.info)
     try:
         return _read(final, core)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if not is_built:
             raise ModelError(f"{final}: cannot read back what was converted: {error}") from error
         logger.warning("%s: unreadable (%s), converting this model again", final, error)
-    build_once(
-        final, lambda to: _build(model_dir, to), is_complete=lambda _: False, say=logger.info
-    )
+    build_once(final, build, is_complete=lambda _: False, say=logger.info)
     return _read(final, core)
 
 
@@ -98,7 +113,7 @@ def _key(model_dir: Path) -> str:
     return "-".join((fingerprint(model_dir)[:32], digest.hexdigest()[:12], *versions))
 
 
-def _build(model_dir: Path, to: Path) -> None:
+def _convert(model_dir: Path) -> ConvertedModel:
     logger.info("converting %s for OpenVINO, once", model_dir)
     start_s = time.monotonic()
     AttentionInterface.register(NAME, _open_attention)
@@ -116,16 +131,48 @@ def _build(model_dir: Path, to: Path) -> None:
             f"{info.architecture} cannot be converted for OpenVINO ({_reason(error)}); "
             "use --executor torch"
         ) from error
-    ov.save_model(graph, to / "model.xml", compress_to_fp16=False)
     modules = {n: (s.out_features, s.in_features) for n, s in linear_layers(model).items()}
+    logger.info("converted in %.1f s", time.monotonic() - start_s)
+    return ConvertedModel(graph, info, layers, modules, probe)
+
+
+def _compressed(model_dir: Path, base: ConvertedModel, quantization: str) -> ConvertedModel:
+    """`base` with its weights as integers; the probe is transformers' with what they stand for."""
+    logger.info("compressing %s to %s, once", model_dir, quantization)
+    start_s = time.monotonic()
+    graph = compression.compress(base.graph, quantization)
+    model = load_decoder(
+        model_dir, dtype=torch.float32, device=torch.device("cpu"), attention="eager"
+    )
+    _round_weights(model, graph, base.modules)
+    probe = _reference(model, base.info)
+    logger.info("compressed in %.1f s", time.monotonic() - start_s)
+    return replace(base, graph=graph, probe=probe)
+
+
+def _round_weights(model: PreTrainedModel, graph: Any, modules: Iterable[str]) -> None:
+    """Give the model the weights that the integers of `graph` stand for."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in compression.dense_weights(graph):
+        parameter = parameters.get(name.removeprefix("self.decoder."))
+        if parameter is not None:
+            parameter.copy_(torch.from_numpy(weight))
+    for name, node in linears.linear_nodes(graph, modules).items():
+        layer: Any = model.get_submodule(name)
+        if isinstance(layer, Conv1D):  # the tracer transposes its weight, and the name is lost
+            layer.weight.copy_(linears.weight(node).T)
+
+
+def _write(model: ConvertedModel, to: Path) -> None:
+    ov.save_model(model.graph, to / "model.xml", compress_to_fp16=False)
     about = {
-        "info": {**asdict(info), "eos_ids": sorted(info.eos_ids)},
-        "layers": [asdict(layer) for layer in layers],
-        "modules": modules,
+        "info": {**asdict(model.info), "eos_ids": sorted(model.info.eos_ids)},
+        "layers": [asdict(layer) for layer in model.layers],
+        "modules": model.modules,
     }
     (to / "model.json").write_text(json.dumps(about))
-    save_file(dict(zip(("token_ids", "logits"), probe, strict=True)), to / "probe.safetensors")
-    logger.info("converted in %.1f s", time.monotonic() - start_s)
+    probe = dict(zip(("token_ids", "logits"), model.probe, strict=True))
+    save_file(probe, to / "probe.safetensors")
 
 
 def _reason(error: Exception) -> str:

@@ -58,7 +58,6 @@ class OpenVinoExecutor(Executor):
     """One model on the CPU. Constructed on the step thread. Raises ModelError, ConfigError."""
 
     name = "openvino"
-    dtype = "float32"
 
     def __init__(self, model_dir: Path, config: EngineConfig) -> None:
         require_float32_on_cpu(config)
@@ -67,7 +66,7 @@ class OpenVinoExecutor(Executor):
         self._options = plugin_options(config)
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
         self._low_rank = LowRank(compiled_library(), config.max_slots)
-        model = converted(model_dir, self._core)
+        model = converted(model_dir, self._core, config.quantization)
         try:
             self._build(model)
             self._describe(model, config)
@@ -154,6 +153,7 @@ class OpenVinoExecutor(Executor):
         return Weights(graph, compiled, compiled.create_infer_request())
 
     def _describe(self, model: ConvertedModel, config: EngineConfig) -> None:
+        self.dtype = "float32" if config.quantization == "none" else config.quantization
         self.vocab_size = model.info.vocab_size
         self.context_length = model.info.context_length(config)
         self.num_layers = model.info.num_layers

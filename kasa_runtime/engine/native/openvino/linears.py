@@ -9,12 +9,15 @@ import numpy as np
 import openvino.opset13 as ops
 from torch import Tensor, from_numpy
 
+from kasa_runtime.engine.native.openvino import compression
+
 PREFIX = "__module.decoder."
 """What the tracer puts before a module's path in the names of its operations."""
 
 
 def linear_nodes(graph: Any, modules: Iterable[str]) -> dict[str, Any]:
-    """The product of each linear layer that can be adapted: called once, by a constant weight."""
+    """The product of each linear layer that can be adapted: called once, by a constant weight or
+    one of integers."""
     wanted, found = set(modules), dict[str, list[Any]]()
     for node in graph.get_ordered_ops():
         if node.get_type_name() != "MatMul":
@@ -25,7 +28,7 @@ def linear_nodes(graph: Any, modules: Iterable[str]) -> dict[str, Any]:
     return {
         module: nodes[0]
         for module, nodes in found.items()
-        if len(nodes) == 1 and weight_node(nodes[0]).get_type_name() == "Constant"
+        if len(nodes) == 1 and compression.is_weight(weight_node(nodes[0]))
     }
 
 
@@ -34,8 +37,8 @@ def weight_node(linear: Any) -> Any:
 
 
 def weight(linear: Any) -> Tensor:
-    """A copy of the layer's weight (out, in)."""
-    stored = np.array(weight_node(linear).data)
+    """A copy of the layer's weight (out, in), float32."""
+    stored = compression.dense(weight_node(linear))
     return from_numpy(stored if linear.get_attributes()["transpose_b"] else stored.T.copy())
 
 
