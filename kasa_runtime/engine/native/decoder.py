@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
 
 SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """Kinds of decoder layers, as transformers' configurations call them, that attend to a KV cache
@@ -63,6 +64,9 @@ def load_decoder(
 ) -> PreTrainedModel:
     """The model in the directory, for inference, with the attention function of this name. Raises
     ModelError."""
+    from transformers import AutoModelForCausalLM  # seconds of import
+    from transformers.utils.logging import disable_progress_bar
+
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights: in a log it is one endless line
     try:
