@@ -37,6 +37,7 @@ class Generation:
     _ended: bool = field(default=False, init=False)
     _mode: Mode = field(default=Mode.BASE, init=False)
     _num_tokens: int = field(default=0, init=False)
+    _num_cached_tokens: int = field(default=0, init=False)
     _scheduled_s: float | None = field(default=None, init=False)
     _first_token_s: float | None = field(default=None, init=False)
     _last_token_s: float = field(default=0.0, init=False)
@@ -50,6 +51,7 @@ class Generation:
         """The chunk for one output; with the end of the generation if the engine or a stop string
         ended it."""
         self._mode, self._scheduled_s = output.mode, output.scheduled_s
+        self._num_cached_tokens = output.num_cached_tokens
         if output.token_ids:
             self._count(len(output.token_ids))
         chunk = TokenChunk(
@@ -70,7 +72,7 @@ class Generation:
             chunk,
             text=chunk.text + self.detokenizer.finish(),
             finish_reason=reason,
-            usage=Usage(len(self.prompt_ids), self._num_tokens),
+            usage=Usage(len(self.prompt_ids), self._num_tokens, self._num_cached_tokens),
             adapter=self.lease.key if self.lease else BASE,
             mode=self._mode,
             timing=Timing(

@@ -244,6 +244,8 @@ class Runtime:
             num_requests_running=engine.num_running,
             num_requests_waiting=max(0, self._in_flight - engine.num_running),
             kv_cache_usage=engine.kv_cache_usage,
+            prefix_cache_queries=engine.prefix_cache_queries,
+            prefix_cache_hits=engine.prefix_cache_hits,
             merged_adapter=self._manager.merged or BASE,
             resident_adapters=self._manager.resident_names(),
         )

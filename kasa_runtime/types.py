@@ -257,6 +257,8 @@ class RuntimeStats:
     num_requests_running: int
     num_requests_waiting: int
     kv_cache_usage: float  # 0 to 1
+    prefix_cache_queries: int  # prompt tokens looked for in the KV cache
+    prefix_cache_hits: int  # those of them that were found
     merged_adapter: str  # "name@version" or ""
     resident_adapters: Mapping[str, str] = field(
         default_factory=dict

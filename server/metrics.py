@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kasa_runtime.types import AdapterInfo, FinishReason, Mode, Observer, RuntimeStats
@@ -179,6 +179,16 @@ class Gauges(Collector):
             "kasa_kv_cache_usage_ratio",
             "Share of the KV cache in use, 0 to 1",
             stats.kv_cache_usage,
+        )
+        yield CounterMetricFamily(
+            "kasa_prefix_cache_queries",
+            "Prompt tokens looked for in the KV cache",
+            stats.prefix_cache_queries,
+        )
+        yield CounterMetricFamily(
+            "kasa_prefix_cache_hits",
+            "Prompt tokens found in the KV cache",
+            stats.prefix_cache_hits,
         )
         yield self._resident(stats)
         yield self._info(self._source.list_adapters())

@@ -29,7 +29,8 @@ class EngineRequest:
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
     """What one step added to a request; the last one has `finish_reason`. `scheduled_s`
-    (time.monotonic) is when the request first entered a step; None while it never did."""
+    (time.monotonic) is when the request first entered a step; None while it never did.
+    `num_cached_tokens` of its prompt were then found in the cache."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class EngineOutput:
     finish_reason: FinishReason | None = None
     scheduled_s: float | None = None
     mode: Mode = Mode.BASE
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class EngineStats:
     kv_cache_usage: float  # 0 to 1
     num_preemptions: int
     num_steps: int
+    prefix_cache_queries: int  # prompt tokens looked for in the KV cache
+    prefix_cache_hits: int  # those of them that were found
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,12 +46,23 @@ class EngineConfig:
     max_num_batched_tokens: int = field(
         default=512, metadata={"help": "token budget of a step; longer prompts take several steps"}
     )
+    max_prefill_tokens: int = field(
+        default=128,
+        metadata={
+            "help": "prompt tokens in a step in which others decode: with fewer, running streams "
+            "go on more evenly; with more, new ones begin sooner; 0: all that the budget leaves"
+        },
+    )
     max_model_len: int = field(
         default=0, metadata={"help": "context length in tokens; 0: what the model allows"}
     )
     kv_cache_gib: float = field(default=1.0, metadata={"help": "memory for the KV cache, in GiB"})
     block_size: int = field(
         default=16, metadata={"help": "tokens per KV cache block; openvino chooses its own"}
+    )
+    prefix_caching: bool = field(
+        default=True,
+        metadata={"help": "reuse the KV cache of equal beginnings of prompts, per adapter version"},
     )
     max_slots: int = field(
         default=16, metadata={"help": "adapters that are in the engine at the same time"}
@@ -72,7 +83,7 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("threads", "max_queue", "max_model_len"):
+        for name in ("threads", "max_queue", "max_model_len", "max_prefill_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.quantization != "none" and self.executor == "torch":

@@ -1,9 +1,11 @@
-"""Scheduler and block manager without a model: no block is shared or lost, nobody starves."""
+"""The scheduler without a model: nobody starves, no block is lost, everybody reads their own."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,25 +23,49 @@ def sequence(num_prompt_tokens: int, name: str = "a", **options: object) -> Sequ
 
 
 def scheduler(
-    num_blocks: int = 8, block_size: int = 4, max_num_seqs: int = 4, budget: int = 8
+    num_blocks: int = 8,
+    block_size: int = 4,
+    max_num_seqs: int = 4,
+    budget: int = 8,
+    max_prefill_tokens: int = 0,
+    prefix_caching: bool = True,
 ) -> Scheduler:
-    blocks = BlockManager(num_blocks, block_size)
-    return Scheduler(blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    return Scheduler(
+        BlockManager(num_blocks, block_size),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_prefill_tokens=max_prefill_tokens,
+        prefix_caching=prefix_caching,
+    )
+
+
+Content = tuple[str | None, tuple[int, ...]]
+"""What a token's keys and values depend on: the adapter, and the tokens up to and with it."""
 
 
 @dataclass
 class World:
-    """A scheduler, and an engine that only counts: each sequence ends after its `outputs`."""
+    """A scheduler, and an engine that only counts: each sequence ends after its `outputs`. Of the
+    cache it knows what is in every place, and with how many merges it was computed."""
 
     scheduler: Scheduler
     outputs: dict[Sequence, int] = field(default_factory=dict)
     order: list[Sequence] = field(default_factory=list)  # of arrival, unfinished
+    num_merges: int = 0
+    cache: dict[tuple[int, int], tuple[Content, int]] = field(default_factory=dict)
 
-    def add(self, num_prompt_tokens: int, num_outputs: int) -> None:
-        seq = sequence(num_prompt_tokens)
+    def add(self, num_prompt_tokens: int, num_outputs: int) -> Sequence:
+        return self.add_prompt(range(num_prompt_tokens), num_outputs)
+
+    def add_prompt(
+        self, token_ids: Iterable[int], num_outputs: int, adapter: str | None = None
+    ) -> Sequence:
+        wanted = request("a", list(token_ids), adapter=adapter)
+        seq = Sequence(wanted, num_merges=self.num_merges)
         self.outputs[seq] = num_outputs
         self.order.append(seq)
         self.scheduler.add(seq)
+        return seq
 
     def finish(self, seq: Sequence) -> None:
         self.order.remove(seq)
@@ -47,18 +73,44 @@ class World:
         assert seq.block_table == []
 
     def step(self) -> ScheduledBatch:
+        decoding = [seq for seq in self.scheduler.running if seq.num_pending == 1]
         batch = self.scheduler.schedule(time.monotonic())
-        self.check(batch)
+        self.check(batch, decoding)
         sampled = batch.sampling
-        for seq, num_tokens in batch.entries:
-            seq.num_computed += num_tokens
+        self.run(batch)
+        self.scheduler.computed(batch)
         for seq in sampled:
-            seq.token_ids.append(7)
+            seq.token_ids.append(len(seq.token_ids) % 2)
             if seq.num_output_tokens >= self.outputs[seq]:
                 self.finish(seq)
+        self.check_blocks()
         return batch
 
-    def check(self, batch: ScheduledBatch) -> None:
+    def run(self, batch: ScheduledBatch) -> None:
+        """Write what is computed; then every sequence reads its own context and no other."""
+        contexts = {seq: self.places(seq, seq.num_computed + n) for seq, n in batch.entries}
+        for seq, _ in batch.entries:
+            for place, content in contexts[seq][seq.num_computed :]:
+                block = place[0]
+                users = [s for s in self.scheduler.running if block in s.block_table]
+                assert users == [seq], "a block is written that others read"
+                self.cache[place] = (content, self.num_merges)
+        for seq, context in contexts.items():
+            for place, content in context:
+                found, num_merges = self.cache[place]
+                assert found == content, "keys and values of something else"
+                assert num_merges >= seq.num_merges, "keys and values from before a merge"
+
+    def places(self, seq: Sequence, length: int) -> list[tuple[tuple[int, int], Content]]:
+        """Where the first `length` tokens lie in the cache, and what must be there."""
+        size = self.scheduler.blocks.block_size
+        tokens, adapter = tuple(seq.token_ids), seq.request.adapter
+        return [
+            ((seq.block_table[i // size], i % size), (adapter, tokens[: i + 1]))
+            for i in range(length)
+        ]
+
+    def check(self, batch: ScheduledBatch, decoding: list[Sequence]) -> None:
         blocks = self.scheduler.blocks
         running = [seq for seq, _ in batch.entries]
         assert len(set(running)) == len(running)
@@ -69,39 +121,49 @@ class World:
             assert len(seq.block_table) * blocks.block_size >= seq.num_computed + n
         if self.order:
             assert self.order[0] in running, "the oldest does not progress"
+        for seq in decoding:
+            assert seq in running or seq in self.scheduler.waiting, "a stream is stalled"
         self.check_blocks()
 
     def check_blocks(self) -> None:
         blocks = self.scheduler.blocks
-        owned = [b for seq in self.order for b in seq.block_table]
-        assert len(set(owned)) == len(owned), "a block has two owners"
+        owned = {b for seq in self.order for b in seq.block_table}
+        assert all(len(set(seq.block_table)) == len(seq.block_table) for seq in self.order)
         assert len(owned) + blocks.num_free == blocks.num_blocks, "a block was lost"
-        assert set(owned) <= set(range(blocks.num_blocks))
+        assert owned <= set(range(blocks.num_blocks))
         assert all(not seq.block_table for seq in self.scheduler.waiting)
         assert blocks.usage == pytest.approx(len(owned) / blocks.num_blocks)
 
 
+ADAPTERS = st.sampled_from([None, "a@1", "a@2"])
+PROMPTS = st.tuples(st.integers(0, 1), st.integers(1, 12), st.integers(0, 1), st.integers(0, 8))
 OPERATIONS = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 20), st.integers(1, 12)),  # 32 tokens fit alone
-    st.tuples(st.just("step"), st.integers(1, 6), st.just(0)),
-    st.tuples(st.just("finish"), st.integers(0, 9), st.just(0)),
+    st.tuples(st.just("add"), PROMPTS, st.integers(1, 12), ADAPTERS),  # 32 tokens fit alone
+    st.tuples(st.just("step"), st.integers(1, 6)),
+    st.tuples(st.just("finish"), st.integers(0, 9)),
+    st.tuples(st.just("merge")),
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(OPERATIONS, max_size=40))
-def test_blocks_are_never_shared_or_lost_and_all_finish(
-    operations: list[tuple[str, int, int]],
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(OPERATIONS, max_size=40), st.sampled_from([0, 3]), st.booleans())
+def test_sequences_read_their_own_keys_and_values_no_block_is_lost_and_all_finish(
+    operations: list[tuple[Any, ...]], max_prefill_tokens: int, prefix_caching: bool
 ) -> None:
-    world = World(scheduler())
-    for name, first, second in operations:
+    """Whatever is shared, preempted, evicted and given up on the way."""
+    world = World(scheduler(max_prefill_tokens=max_prefill_tokens, prefix_caching=prefix_caching))
+    for name, *arguments in operations:
         if name == "add":
-            world.add(first, second)
+            (first, first_len, second, second_len), num_outputs, adapter = arguments
+            token_ids = [first] * first_len + [second] * second_len
+            world.add_prompt(token_ids, num_outputs, adapter)
         elif name == "step":
-            for _ in range(first):
+            for _ in range(arguments[0]):
                 world.step()
+        elif name == "merge":
+            world.num_merges += 1
         elif world.order:
-            world.finish(world.order[first % len(world.order)])
+            world.finish(world.order[arguments[0] % len(world.order)])
         world.check_blocks()
     bound = 32 * len(world.order)  # the oldest takes at most one step a token
     for _ in range(bound):
@@ -116,8 +178,45 @@ def test_running_sequences_go_before_waiting_ones_and_prompts_are_cut_into_chunk
     world.add(5, 3)
     world.add(6, 3)
     world.add(2, 3)
-    taken = [[(len(s.request.prompt_ids), n) for s, n in world.step().entries] for _ in range(3)]
-    assert taken == [[(5, 5), (6, 3)], [(5, 1), (6, 3), (2, 2)], [(5, 1), (6, 1), (2, 1)]]
+    found = [taken(world.step()) for _ in range(3)]
+    assert found == [[(5, 5), (6, 3)], [(5, 1), (6, 3), (2, 2)], [(5, 1), (6, 1), (2, 1)]]
+
+
+def taken(batch: ScheduledBatch) -> list[tuple[int, int]]:
+    """Prompt length and tokens in the step, of each sequence."""
+    return [(seq.num_prompt_tokens, n) for seq, n in batch.entries]
+
+
+@pytest.mark.parametrize(("max_prefill_tokens", "chunk"), [(3, 3), (0, 6), (100, 6)])
+def test_a_long_prompt_is_taken_in_chunks_between_the_tokens_of_running_streams(
+    max_prefill_tokens: int, chunk: int
+) -> None:
+    world = World(scheduler(num_blocks=40, max_prefill_tokens=max_prefill_tokens))
+    streams = [world.add(2, 50), world.add(2, 50)]
+    world.step()
+    long = world.add(24, 2)
+    num_steps = 24 // chunk
+    for i in range(num_steps):
+        assert taken(world.step()) == [(2, 1), (2, 1), (24, chunk)]
+        assert [s.num_output_tokens for s in streams] == [i + 2] * 2, "a stream was stalled"
+    assert long.num_output_tokens == 1
+
+
+def test_a_prompt_that_nobody_waits_behind_takes_the_whole_step() -> None:
+    world = World(scheduler(max_prefill_tokens=3))
+    world.add(24, 2)
+    assert taken(world.step()) == [(24, 8)]
+
+
+def test_streams_go_on_behind_an_older_prompt() -> None:
+    """A preempted sequence recomputes, and those that came later decode meanwhile."""
+    wanted = scheduler(num_blocks=40, prefix_caching=False)
+    old, young = sequence(24), sequence(3)
+    for seq in (old, young):
+        wanted.blocks.grow(seq.block_table, len(seq.token_ids))
+        wanted.running.append(seq)
+    young.num_computed = 2
+    assert wanted.schedule(0.0).entries == ((old, 7), (young, 1))
 
 
 def test_no_more_run_than_max_num_seqs() -> None:
@@ -194,14 +293,117 @@ def test_schedule_records_when_a_sequence_first_entered() -> None:
     assert seq.scheduled_s == 5.0
 
 
-def test_blocks_are_counted_by_need() -> None:
-    blocks = BlockManager(3, 4)
-    table: list[int] = []
-    assert blocks.num_missing(table, 4) == 1 and blocks.num_missing(table, 5) == 2
-    assert blocks.can_grow(table, 12) and not blocks.can_grow(table, 13)
-    blocks.grow(table, 5)
-    assert (len(table), blocks.num_free, blocks.num_missing(table, 8)) == (2, 1, 0)
-    blocks.grow(table, 3)
-    assert len(table) == 2, "shrinking is not asked for"
-    blocks.free(table)
-    assert (table, blocks.num_free, blocks.usage) == ([], 3, 0.0)
+# --- equal beginnings ----------------------------------------------------------------------------
+
+
+def drain(world: World) -> None:
+    while world.order:
+        world.step()
+
+
+def test_equal_beginnings_are_computed_once() -> None:
+    world = World(scheduler(num_blocks=20))
+    world.add(7, 1)
+    drain(world)
+    again = world.add(7, 1)
+    assert taken(world.step()) == [(7, 3)]  # one block of four was found
+    assert again.num_cached_tokens == 4
+    assert (world.scheduler.prefix_cache_queries, world.scheduler.prefix_cache_hits) == (14, 4)
+
+
+def test_the_last_token_of_a_prompt_is_always_computed() -> None:
+    world = World(scheduler(num_blocks=20))
+    world.add(8, 1)
+    drain(world)
+    assert world.add(8, 1) and taken(world.step()) == [(8, 4)]
+    assert world.add(9, 1) and taken(world.step()) == [(9, 1)]
+
+
+def test_a_prompt_goes_on_from_the_output_of_another() -> None:
+    world = World(scheduler(num_blocks=20))
+    first = world.add(6, 8)
+    drain(world)
+    follow_up = world.add_prompt([*first.token_ids, 9], 1)
+    world.step()
+    assert follow_up.num_cached_tokens == 12  # the 14th token was sampled, and never computed
+
+
+def test_what_runs_is_shared_as_far_as_it_is_written() -> None:
+    world = World(scheduler(num_blocks=20))
+    first = world.add(16, 9)
+    second = world.add(16, 9)
+    assert taken(world.step()) == [(16, 8)]
+    assert taken(world.step()) == [(16, 8)]
+    assert taken(world.step()) == [(16, 1), (16, 4)]
+    assert first.block_table[:3] == second.block_table[:3]
+    assert first.block_table[3] != second.block_table[3]
+    drain(world)
+
+
+def test_sequences_of_one_step_do_not_share_what_it_writes() -> None:
+    world = World(scheduler(num_blocks=20))
+    world.add(4, 1)
+    world.add(4, 1)
+    assert taken(world.step()) == [(4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("adapter", [None, "a@2", "b@1"])
+def test_adapters_and_the_base_share_nothing(adapter: str | None) -> None:
+    world = World(scheduler(num_blocks=20))
+    world.add_prompt(range(8), 1, "a@1")
+    drain(world)
+    other = world.add_prompt(range(8), 1, adapter)
+    world.step()
+    same = world.add_prompt(range(8), 1, "a@1")
+    world.step()
+    assert (other.num_cached_tokens, same.num_cached_tokens) == (0, 4)
+
+
+def test_nothing_from_before_a_merge_is_found_after_it() -> None:
+    world = World(scheduler(num_blocks=20))
+    running = world.add(5, 20)
+    world.step()
+    world.num_merges += 1
+    for expected in (0, 4):
+        seq = world.add(5, 1)
+        world.step()
+        assert seq.num_cached_tokens == expected
+    drain(world)
+    follow_up = world.add_prompt(running.token_ids, 1)  # computed before and after
+    world.step()
+    assert follow_up.num_cached_tokens == 4
+
+
+def test_a_preempted_sequence_finds_what_is_left_of_its_blocks() -> None:
+    world = World(scheduler(num_blocks=6))
+    world.add(8, 12)
+    young = world.add(8, 12)
+    young.token_ids[0] = 99  # nothing in common
+    while not world.scheduler.num_preemptions:
+        world.step()
+    assert young in world.scheduler.waiting
+    while young not in world.scheduler.running:
+        world.step()
+    assert young.num_computed > 0
+    assert young.num_cached_tokens == 0, "it is the prompt's, at the first time"
+    drain(world)
+
+
+def test_a_cancelled_sequence_leaves_what_it_computed() -> None:
+    world = World(scheduler(num_blocks=20))
+    cancelled = world.add(20, 5)
+    world.step()
+    world.finish(cancelled)
+    assert world.scheduler.blocks.num_free == 20
+    seq = world.add(20, 1)
+    world.step()
+    assert seq.num_cached_tokens == 8
+
+
+def test_without_prefix_caching_nothing_is_found() -> None:
+    world = World(scheduler(num_blocks=20, prefix_caching=False))
+    for _ in range(2):
+        seq = world.add(8, 1)
+        assert taken(world.step()) == [(8, 8)]
+        assert seq.num_cached_tokens == 0
+    assert world.scheduler.prefix_cache_queries == 0

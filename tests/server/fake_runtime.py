@@ -221,4 +221,4 @@ class FakeRuntime:
             for info in self.list_adapters()
             if info.state is AdapterState.RESIDENT
         }
-        return RuntimeStats(len(self.running), 0, 0.25, self.merged, resident)
+        return RuntimeStats(len(self.running), 0, 0.25, 30, 20, self.merged, resident)

@@ -19,6 +19,8 @@ NAMES = {
     "kasa_num_requests_running",
     "kasa_num_requests_waiting",
     "kasa_kv_cache_usage_ratio",
+    "kasa_prefix_cache_queries",
+    "kasa_prefix_cache_hits",
     "kasa_prompt_tokens",
     "kasa_generation_tokens",
     "kasa_requests",
@@ -135,6 +137,8 @@ async def test_gauges_are_read_from_the_runtime(metrics):
     assert found["kasa_num_requests_running",] == 1
     assert found["kasa_num_requests_waiting",] == 0
     assert found["kasa_kv_cache_usage_ratio",] == 0.25
+    assert found["kasa_prefix_cache_queries_total",] == 30
+    assert found["kasa_prefix_cache_hits_total",] == 20
     assert found["kasa_adapter_resident", ("adapter", "style"), ("tier", "slot")] == 1
     (info,) = (dict(labels) for name, *labels in found if dict(labels).get("version") == "abc123")
     assert info["adapter"] == "style"

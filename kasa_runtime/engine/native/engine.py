@@ -27,7 +27,7 @@ from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.engine.native.block_manager import BlockManager
 from kasa_runtime.engine.native.executor import NO_SLOT, Commit, Executor, TailSource
 from kasa_runtime.engine.native.sampler import sample
-from kasa_runtime.engine.native.scheduler import ScheduledBatch, Scheduler
+from kasa_runtime.engine.native.scheduler import Scheduler
 from kasa_runtime.engine.native.sequence import Sequence
 from kasa_runtime.engine.native.slots import SlotTable
 from kasa_runtime.errors import CapacityExceeded, EngineDead, KasaError
@@ -70,6 +70,7 @@ class NativeEngine(Engine):
         self._closing = False
         self._death: BaseException | None = None
         self._num_steps = 0
+        self._num_merges = 0
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -97,13 +98,15 @@ class NativeEngine(Engine):
             kv_cache_usage=self._scheduler.blocks.usage,
             num_preemptions=self._scheduler.num_preemptions,
             num_steps=self._num_steps,
+            prefix_cache_queries=self._scheduler.prefix_cache_queries,
+            prefix_cache_hits=self._scheduler.prefix_cache_hits,
         )
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         self._require_alive()
         if request.request_id in self._mailboxes:
             raise KasaError(f"request id {request.request_id!r} is in use")
-        seq = Sequence(request, self._slots.find(request.adapter))
+        seq = Sequence(request, self._slots.find(request.adapter), self._num_merges)
         mailbox: asyncio.Queue[Delivery] = asyncio.Queue()
         self._mailboxes[request.request_id] = mailbox
         finished = False
@@ -184,33 +187,24 @@ class NativeEngine(Engine):
         batch = self._scheduler.schedule(now_s)
         if not batch.entries:
             return outputs
+        sampling = batch.sampling
         logits = self._executor.run(batch.pack())
-        tokens, logprobs = sample(logits, batch.sampling, self._executor.eos_ids)
+        tokens, logprobs = sample(logits, sampling, self._executor.eos_ids)
         self._num_steps += 1
-        return outputs + self._postprocess(batch, tokens, logprobs)
+        self._scheduler.computed(batch)
+        return outputs + self._postprocess(sampling, tokens, logprobs)
 
     def _postprocess(
-        self, batch: ScheduledBatch, tokens: list[int], logprobs: list[TokenLogprobs | None]
+        self, sampled: list[Sequence], tokens: list[int], logprobs: list[TokenLogprobs | None]
     ) -> list[EngineOutput]:
-        sampled = batch.sampling
-        for seq, num_tokens in batch.entries:
-            seq.num_computed += num_tokens
         outputs = []
         for seq, token, logprob in zip(sampled, tokens, logprobs, strict=True):
             seq.token_ids.append(token)
             reason = self._finish_reason(seq, token)
             if reason is not None:
                 self._scheduler.finish(seq)
-            outputs.append(
-                EngineOutput(
-                    seq.request.request_id,
-                    (token,),
-                    (logprob,) if logprob is not None else (),
-                    reason,
-                    seq.scheduled_s,
-                    self._mode(seq),
-                )
-            )
+            found = (logprob,) if logprob is not None else ()
+            outputs.append(self._output(seq, (token,), found, reason))
         return outputs
 
     def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
@@ -228,8 +222,23 @@ class NativeEngine(Engine):
 
     def _end(self, seq: Sequence, reason: FinishReason) -> EngineOutput:
         self._scheduler.finish(seq)
+        return self._output(seq, (), (), reason)
+
+    def _output(
+        self,
+        seq: Sequence,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        reason: FinishReason | None,
+    ) -> EngineOutput:
         return EngineOutput(
-            seq.request.request_id, (), (), reason, seq.scheduled_s, self._mode(seq)
+            seq.request.request_id,
+            token_ids,
+            logprobs,
+            reason,
+            seq.scheduled_s,
+            self._mode(seq),
+            seq.num_cached_tokens,
         )
 
     def _run(self, started: asyncio.Future[None]) -> None:
@@ -260,6 +269,8 @@ class NativeEngine(Engine):
             BlockManager(executor.num_blocks, executor.block_size),
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_prefill_tokens=self.config.max_prefill_tokens,
+            prefix_caching=self.config.prefix_caching,
         )
         self.limits = EngineLimits(
             # A sequence that fits the cache alone can always finish, whatever else is preempted for
@@ -286,6 +297,7 @@ class NativeEngine(Engine):
     def _commit_merge(self, slot: int, commit: Commit) -> None:
         commit()
         self._merged_slot = slot
+        self._num_merges += 1
 
     # --- crossing between the threads -------------------------------------------------------------
 

@@ -1,9 +1,10 @@
 """Who takes part in the next step, and with how many tokens.
 
-First come, first served. Running sequences go first, each with its pending tokens; what is left of
-the token budget admits waiting ones, in chunks if a prompt is longer than the rest. When the cache
-is full the sequence that came last gives its blocks back and recomputes later, so the oldest always
-finishes.
+Every running sequence that decodes gets its token in every step. What is left of the token budget
+goes to prompts, first come, first served, in chunks if they are longer; while others decode, only
+so much of it that they do not wait long. A prompt's beginning that is in the cache is not computed
+again, but for its last token, whose logits are wanted. When the cache is full the sequence that
+came last gives its blocks back and recomputes later, so the oldest always finishes.
 """
 
 from __future__ import annotations
@@ -43,14 +44,24 @@ class Scheduler:
     """Waiting and running sequences, over a block manager. Step thread only."""
 
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_prefill_tokens: int,
+        prefix_caching: bool,
     ) -> None:
         self.blocks = blocks
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self.num_preemptions = 0
+        self.prefix_cache_queries = 0  # prompt tokens looked for in the cache
+        self.prefix_cache_hits = 0  # and found
         self._max_num_seqs = max_num_seqs
         self._budget = max_num_batched_tokens
+        self._max_prefill_tokens = max_prefill_tokens or max_num_batched_tokens
+        self._prefix_caching = prefix_caching
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -74,10 +85,17 @@ class Scheduler:
         """The next step; empty only when there is no work."""
         entries: list[tuple[Sequence, int]] = []
         preemptions = self.num_preemptions
-        budget = self._schedule_running(entries, self._budget)
+        budget = self._schedule_running(entries, self._prefill_budget())
         if self.num_preemptions == preemptions:  # else the one sent away would come straight back
             self._admit(entries, budget, now_s)
         return ScheduledBatch(tuple(entries))
+
+    def computed(self, batch: ScheduledBatch) -> None:
+        """The batch has run: its keys and values are in the cache, full blocks for all to find."""
+        for seq, num_tokens in batch.entries:
+            seq.num_computed += num_tokens
+            if self._prefix_caching:
+                self._publish(seq)
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks."""
@@ -87,42 +105,73 @@ class Scheduler:
         else:
             self.waiting.remove(seq)
 
+    def _prefill_budget(self) -> int:
+        """Prompt tokens of the next step."""
+        num_decoding = sum(seq.num_pending == 1 for seq in self.running)
+        budget = self._budget - num_decoding
+        return min(budget, self._max_prefill_tokens) if num_decoding else budget
+
     def _schedule_running(self, entries: list[tuple[Sequence, int]], budget: int) -> int:
-        for seq in tuple(self.running):
-            if seq not in self.running or budget == 0:
-                continue
-            num_tokens = min(seq.num_pending, budget)
-            if self._make_room(seq, seq.num_computed + num_tokens):
+        """Returns what is left of the budget of prompt tokens."""
+        for seq in self.running:  # which may lose its end on the way
+            decodes = seq.num_pending == 1
+            num_tokens = 1 if decodes else min(seq.num_pending, budget)
+            if num_tokens and self._make_room(seq, seq.num_computed + num_tokens):
                 self.blocks.grow(seq.block_table, seq.num_computed + num_tokens)
                 entries.append((seq, num_tokens))
-                budget -= num_tokens
+                budget -= 0 if decodes else num_tokens
         return budget
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
         """Preempt from the youngest on until `seq` can grow; False if `seq` itself had to go."""
         while not self.blocks.can_grow(seq.block_table, num_tokens):
-            victim = self.running[-1]
-            self._preempt(victim)
+            victim = self.running.pop()
+            self._take_blocks(victim)
+            self.waiting.appendleft(victim)
+            self.num_preemptions += 1
             if victim is seq:
                 return False
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self.blocks.free(seq.block_table)
-        seq.num_computed = 0
-        self.waiting.appendleft(seq)
-        self.num_preemptions += 1
-
     def _admit(self, entries: list[tuple[Sequence, int]], budget: int, now_s: float) -> None:
         while self.waiting and budget and len(self.running) < self._max_num_seqs:
             seq = self.waiting[0]
+            if self._prefix_caching:
+                self._share_prefix(seq)
             num_tokens = min(seq.num_pending, budget)
-            if not self.blocks.can_grow(seq.block_table, num_tokens):
+            if not self.blocks.can_grow(seq.block_table, seq.num_computed + num_tokens):
+                self._take_blocks(seq)
                 return
-            self.blocks.grow(seq.block_table, num_tokens)
+            self.blocks.grow(seq.block_table, seq.num_computed + num_tokens)
             self.running.append(self.waiting.popleft())
             if seq.scheduled_s is None:
-                seq.scheduled_s = now_s
+                self._first_scheduled(seq, now_s)
             entries.append((seq, num_tokens))
             budget -= num_tokens
+
+    def _first_scheduled(self, seq: Sequence, now_s: float) -> None:
+        seq.scheduled_s = now_s
+        seq.num_cached_tokens = seq.num_computed
+        if self._prefix_caching:
+            self.prefix_cache_queries += seq.num_prompt_tokens
+            self.prefix_cache_hits += seq.num_cached_tokens
+
+    def _share_prefix(self, seq: Sequence) -> None:
+        """Begin with the blocks that others have computed."""
+        size = self.blocks.block_size
+        hashes = seq.block_hashes((len(seq.token_ids) - 1) // size, size)
+        self.blocks.share(seq.block_table, hashes)
+        seq.num_published = len(seq.block_table)
+        seq.num_computed = seq.num_published * size
+
+    def _publish(self, seq: Sequence) -> None:
+        num_full = seq.num_computed // self.blocks.block_size
+        if num_full > seq.num_published:
+            hashes = seq.block_hashes(num_full, self.blocks.block_size)
+            for i in range(seq.num_published, num_full):
+                self.blocks.publish(seq.block_table[i], hashes[i])
+            seq.num_published = num_full
+
+    def _take_blocks(self, seq: Sequence) -> None:
+        self.blocks.free(seq.block_table)
+        seq.num_computed = seq.num_published = 0

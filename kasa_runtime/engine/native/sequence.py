@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from kasa_runtime.engine.base import EngineRequest
+from kasa_runtime.engine.native.block_manager import block_hash, root_hash
 from kasa_runtime.engine.native.executor import NO_SLOT
 
 
@@ -13,17 +14,22 @@ from kasa_runtime.engine.native.executor import NO_SLOT
 class Sequence:
     """Prompt and output so far, and where its keys and values are. Step thread only.
 
-    The cache holds the first `num_computed` tokens; a preempted sequence starts again from 0 and
-    recomputes."""
+    The cache holds the first `num_computed` tokens, and others can find the first `num_published`
+    blocks of them; a preempted sequence starts again from 0 and recomputes what it does not find.
+    `num_merges` is the engine's at its arrival."""
 
     request: EngineRequest
     slot: int = NO_SLOT
+    num_merges: int = 0
     token_ids: list[int] = field(default_factory=list)  # prompt, then output
     num_computed: int = 0
+    num_published: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found when it was first scheduled
     block_table: list[int] = field(default_factory=list)
     seed: int = 0
     scheduled_s: float | None = None
     cancelled: bool = False
+    _hashes: list[bytes] = field(default_factory=list)  # of its blocks, as far as asked for
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -46,3 +52,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens that are not in the cache: the prompt's rest, or the one token sampled last."""
         return len(self.token_ids) - self.num_computed
+
+    def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
+        """The hashes of its first `num_blocks` blocks, which its tokens fill."""
+        for i in range(len(self._hashes), num_blocks):
+            before = self._hashes[-1] if i else root_hash(self.request.adapter, self.num_merges)
+            block = self.token_ids[i * block_size : (i + 1) * block_size]
+            self._hashes.append(block_hash(before, block))
+        return self._hashes[:num_blocks]
