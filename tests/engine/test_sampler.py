@@ -14,8 +14,9 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from kasa_runtime.engine.base import EngineRequest
-from kasa_runtime.engine.native.sampler import sample
+from kasa_runtime.engine.native.sampler import _least_weight, _least_weights, sample, uniform
 from kasa_runtime.engine.native.sequence import Sequence
+from kasa_runtime.engine.native.token_counts import TokenCounts
 from kasa_runtime.types import SamplingParams
 
 VOCAB = 24
@@ -127,13 +128,11 @@ def test_consecutive_positions_of_one_seed_follow_the_distribution() -> None:
     assert chi_square_p(counts, reference(LOGITS, row(temperature=1.0))) > 1e-3
 
 
-@pytest.mark.parametrize("spread", [0.05, 3.0], ids=["wider than the guess", "within the guess"])
+@pytest.mark.parametrize("spread", [0.05, 3.0], ids=["flat", "peaked"])
 def test_top_p_over_a_large_vocabulary(spread: float) -> None:
-    """A nucleus of more tokens than are looked at first is found all the same."""
     logits = spread * torch.randn(3000, generator=torch.Generator().manual_seed(1))
     rows = [row(temperature=1.0, top_p=0.9, seed=seed) for seed in range(3000)]
     wanted = reference(logits, rows[0])
-    assert (np.count_nonzero(wanted) > 1024) == (spread == 0.05)
     counts = np.bincount(draw(logits, rows), minlength=3000)
     assert counts[wanted == 0].sum() == 0
     bins = np.arange(3000) % 20
@@ -167,6 +166,57 @@ def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
     alone = [sample(logits[i : i + 1].clone(), rows[i : i + 1], EOS)[0][0] for i in range(40)]
     backwards, _ = sample(logits.flip(0), rows[::-1], EOS)
     assert together == alone == backwards[::-1]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(PARAMS, OUTPUTS), min_size=2, max_size=9),
+    st.sampled_from([1, 24, 256, 700, 1024]),
+    st.sampled_from([0.0, 0.1, 4.0]),
+    st.integers(0, 2**31),
+)
+def test_rows_of_any_kind_do_not_see_each_other(
+    kinds: list[tuple[dict[str, Any], list[int]]], vocab: int, spread: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(len(kinds), max(vocab, VOCAB), generator=generator)
+    logits = logits.round(decimals=1)  # so that some are equally likely
+    rows = [row(output, **params, seed=seed + i) for i, (params, output) in enumerate(kinds)]
+    together, _ = sample(logits.clone(), rows, EOS)
+    alone = [
+        sample(logits[i : i + 1].clone(), rows[i : i + 1], EOS)[0][0] for i in range(len(rows))
+    ]
+    assert together == alone
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(PARAMS, min_size=1, max_size=5), st.integers(1, 700), st.integers(0, 2**31))
+def test_a_device_leaves_out_what_the_cpu_leaves_out(
+    kinds: list[dict[str, Any]], vocab: int, seed: int
+) -> None:
+    weights = torch.randn(len(kinds), vocab, generator=torch.Generator().manual_seed(seed)).exp()
+    weights /= weights.amax(dim=-1, keepdim=True)
+    params = [SamplingParams(**kind) for kind in kinds]
+    on_cpu = [_least_weight(w.numpy(), p) for w, p in zip(weights, params, strict=True)]
+    kept = weights >= torch.tensor(on_cpu)[:, None]
+    assert torch.equal(kept, weights >= _least_weights(weights, params))
+
+
+def test_tokens_as_likely_as_the_last_that_is_kept_are_kept_too() -> None:
+    logits = torch.tensor([0.0, 1.0, 1.0, 1.0, -5.0])
+    for params in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 1.0}):
+        rows = [row(temperature=1.0, seed=seed, **params) for seed in range(200)]
+        assert set(draw(logits, rows)) == {1, 2, 3}
+
+
+def test_uniform_numbers_are_uniform_over_seeds_and_positions() -> None:
+    seeds = [row([7] * position, seed=seed) for seed in range(100) for position in range(40)]
+    found = uniform(seeds)
+    assert len(set(found)) == 4000 and found.min() >= 0 and found.max() < 1
+    by_seed = found.reshape(100, 40)
+    for values in (found, by_seed[:, 0], by_seed[0], (by_seed[:, 1:] - by_seed[:, :-1]) % 1):
+        assert chisquare(np.histogram(values, 10, (0, 1))[0]).pvalue > 1e-3
+    assert abs(np.corrcoef(by_seed[:-1, 0], by_seed[1:, 0])[0, 1]) < 0.3
 
 
 def test_the_seed_alone_decides_the_draw() -> None:
@@ -223,6 +273,17 @@ def test_repetition_penalty_counts_the_prompt_and_the_others_do_not() -> None:
     assert draw(logits, [row([6], repetition_penalty=1.5)]) == [9]
     assert draw(logits, [row([2], presence_penalty=0.15)]) == [6]
     assert draw(logits, [row([2, 6, 6], frequency_penalty=0.12)]) == [2]
+
+
+def test_tokens_are_counted_as_they_come() -> None:
+    token_ids = [3, 1, 3]
+    counts = TokenCounts(token_ids)
+    draw_token = np.random.default_rng(0)
+    for length in (1, 0, 7, 300, 40):
+        token_ids += draw_token.integers(0, 200, length).tolist()
+        counts.read(token_ids)
+        found = dict(zip(counts.ids.tolist(), counts.counts.tolist(), strict=True))
+        assert found == {token: token_ids[3:].count(token) for token in token_ids}
 
 
 # --- log-probabilities ---------------------------------------------------------------------------

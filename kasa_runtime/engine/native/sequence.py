@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from kasa_runtime.engine.base import EngineRequest
 from kasa_runtime.engine.native.block_manager import block_hash, root_hash
 from kasa_runtime.engine.native.executor import NO_SLOT
+from kasa_runtime.engine.native.token_counts import TokenCounts
 
 
 @dataclass(eq=False, slots=True)
@@ -29,6 +30,7 @@ class Sequence:
     seed: int = 0
     scheduled_s: float | None = None
     cancelled: bool = False
+    _counts: TokenCounts | None = None
     _hashes: list[bytes] = field(default_factory=list)  # of its blocks, as far as asked for
 
     def __post_init__(self) -> None:
@@ -45,13 +47,16 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def output_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
     def num_pending(self) -> int:
         """Tokens that are not in the cache: the prompt's rest, or the one token sampled last."""
         return len(self.token_ids) - self.num_computed
+
+    def token_counts(self) -> TokenCounts:
+        """Up to the last token; nothing is counted before it is asked for."""
+        if self._counts is None:
+            self._counts = TokenCounts(self.request.prompt_ids)
+        self._counts.read(self.token_ids)
+        return self._counts
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         """The hashes of its first `num_blocks` blocks, which its tokens fill."""
