@@ -58,7 +58,12 @@ class EngineConfig:
     )
     kv_cache_gib: float = field(default=1.0, metadata={"help": "memory for the KV cache, in GiB"})
     block_size: int = field(
-        default=16, metadata={"help": "tokens per KV cache block; openvino chooses its own"}
+        default=16,
+        metadata={"help": "tokens per KV cache block; openvino chooses its own, graphs need 128"},
+    )
+    cuda_graphs: bool = field(
+        default=True,
+        metadata={"help": "on CUDA, replay decode steps from graphs captured at start-up"},
     )
     prefix_caching: bool = field(
         default=True,

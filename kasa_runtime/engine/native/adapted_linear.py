@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from kasa_runtime.adapter.kasa import Tail
 from kasa_runtime.adapter.lora import ModuleDelta
+from kasa_runtime.engine.native.executor import NO_SLOT, Commit
 
 PACK_ROWS = 16
 """Rows of activations that oneDNN's weight layout is chosen for: a decode batch."""
@@ -97,36 +99,88 @@ def _layout(deltas: Mapping[int, ModuleDelta], tail: Tail | None) -> Layout:
     return Layout(tuple(slots), tail.rank if tail else 0)
 
 
+class Deltas(Protocol):
+    """How the rows of a step get their own adapters' deltas. Step thread; `prepare`: any other."""
+
+    merged_slot: int
+    """The adapter that is in the weights, or NO_SLOT."""
+    active: bool
+    """Whether a row of the step has a delta."""
+
+    def register(self, group: LinearGroup) -> None:
+        """Get to know a group before it has factors."""
+
+    def prepare(self, changes: Sequence[tuple[LinearGroup, Factors | None]]) -> Commit:
+        """Make these factors of these groups ready; the commit makes them current."""
+
+    def set_merged(self, slot: int) -> None:
+        """The weights have the adapter in `slot` in them now; NO_SLOT: they are pristine."""
+
+    def begin(
+        self, slots: Sequence[int], num_tokens: Sequence[int], logit_rows: Tensor | None = None
+    ) -> None:
+        """Start a step whose sequences have these adapter slots (NO_SLOT: base) and numbers of
+        tokens. `logit_rows` (num_logits,) int64: the tokens that the last layer is asked about, in
+        their order; None: all."""
+
+    def add(self, y: Tensor, x: Tensor, group: LinearGroup) -> Tensor:
+        """y (1, n, sum of sizes) plus the deltas of x (1, n, in), in place. n is the number of
+        tokens or, in the last layer, of logits."""
+
+
 class StepMasks:
-    """The masks of the current step, one per combination of layouts, made when the first layer asks
-    for it. Step thread only."""
+    """Deltas as plain products under the masks of the current step, one per combination of layouts,
+    made when the first layer asks for it."""
 
     def __init__(self) -> None:
-        self.merged_slot = -1
-        self._rows: Tensor | None = None
+        self.merged_slot = NO_SLOT
+        self.active = False
+        self._rows: Tensor
+        self._logit_rows: Tensor | None = None
         self._slots: list[int] = []
-        self._masks: dict[int, Tensor | None] = {}
+        self._masks: dict[tuple[int, int], Tensor | None] = {}
 
-    def begin(self, slots: list[int], num_tokens: list[int], like: Tensor) -> None:
-        """Start a step whose sequences have these adapter slots (-1: base) and numbers of
-        tokens."""
+    def register(self, group: LinearGroup) -> None:
+        return None
+
+    def prepare(self, changes: Sequence[tuple[LinearGroup, Factors | None]]) -> Commit:
+        def commit() -> None:
+            for group, factors in changes:
+                group.factors = factors
+
+        return commit
+
+    def set_merged(self, slot: int) -> None:
+        self.merged_slot = slot
+
+    def begin(
+        self, slots: Sequence[int], num_tokens: Sequence[int], logit_rows: Tensor | None = None
+    ) -> None:
         self._masks.clear()
-        self._like = like
-        if all(slot == self.merged_slot for slot in slots):
-            self._rows = None  # every row is what the weights already are
+        self.active = any(slot != self.merged_slot for slot in slots)
+        if not self.active:  # every row is what the weights already are
             return
         self._slots = sorted(set(slots))
         index = torch.tensor([self._slots.index(slot) for slot in slots])
         self._rows = index.repeat_interleave(torch.tensor(num_tokens))
+        self._logit_rows = logit_rows
 
-    def get(self, layouts: tuple[Layout, ...]) -> Tensor | None:
-        """(tokens, all columns), or None when no row of the step has a delta in such layers."""
-        if self._rows is None:
-            return None
-        key = id(layouts)  # equal ones are the same object (see `stack`); hashing them costs more
+    def add(self, y: Tensor, x: Tensor, group: LinearGroup) -> Tensor:
+        if not self.active or group.factors is None:
+            return y
+        mask = self._mask(group.factors.layouts, like=y)
+        return y if mask is None else add_deltas(y, x, group.factors, mask, group.sizes)
+
+    def _mask(self, layouts: tuple[Layout, ...], *, like: Tensor) -> Tensor | None:
+        """(n, all columns), or None when no row of the step has a delta in such layers."""
+        n = like.shape[-2]
+        key = id(layouts), n  # equal ones are the same object (see `stack`); hashing costs more
         if key not in self._masks:
+            rows = self._rows
+            if self._logit_rows is not None and n != len(rows):
+                rows = rows[self._logit_rows]
             table = torch.cat([self._table(layout) for layout in layouts], dim=1)
-            mask = table[self._rows].to(self._like.device, self._like.dtype)
+            mask = table[rows].to(like.device, like.dtype)
             self._masks[key] = mask if table.any() else None
         return self._masks[key]
 
@@ -151,7 +205,7 @@ class LinearGroup:
     untouched, so that unmerging cannot drift."""
 
     def __init__(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], masks: StepMasks
+        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], deltas: Deltas
     ) -> None:
         self.sizes = [weight.shape[0] for weight in weights]  # out features of each layer
         self.like = torch.empty(0, dtype=weights[0].dtype, device=weights[0].device)
@@ -159,9 +213,10 @@ class LinearGroup:
         self.bias = _joined_bias(weights, biases)
         self.factors: Factors | None = None
         self._pristine: Tensor | None = None
-        self._masks = masks
+        self._deltas = deltas
         self._input: Tensor | None = None  # whose outputs wait for the other layers
         self._outputs: dict[int, Tensor] = {}
+        deltas.register(self)
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """What layer `index` makes of x (1, n, in): (1, n, out). The first layer that is called
@@ -184,21 +239,24 @@ class LinearGroup:
     def set_merged(self, packed: Tensor) -> None:
         """Serve `packed` from now on. Step thread, between steps."""
         if self._pristine is None:
-            self._pristine = self.weight
-        self.weight = packed
+            self._pristine = self.weight.clone() if self.weight.is_cuda else self.weight
+        self._serve(packed)
 
     def set_pristine(self) -> None:
-        """Serve the base's own weight again, the very tensor that was loaded. Step thread, between
+        """Serve the base's own weight again, bit for bit what was loaded. Step thread, between
         steps."""
         if self._pristine is not None:
-            self.weight, self._pristine = self._pristine, None
+            self._serve(self._pristine)
+            self._pristine = None
+
+    def _serve(self, weight: Tensor) -> None:
+        if self.weight.is_cuda:  # in place: captured graphs know the address
+            self.weight.copy_(weight)
+        else:
+            self.weight = weight
 
     def _compute(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight, self.bias)
-        if self.factors is None:
-            return y
-        mask = self._masks.get(self.factors.layouts)
-        return y if mask is None else add_deltas(y, x, self.factors, mask, self.sizes)
+        return self._deltas.add(linear(x, self.weight, self.bias), x, self)
 
 
 class AdaptedLinear(nn.Module):
@@ -217,11 +275,11 @@ class AdaptedLinear(nn.Module):
         return self.group.output(self.index, x)
 
 
-def group_layers(layers: Sequence[AdaptedLinear], masks: StepMasks) -> LinearGroup:
+def group_layers(layers: Sequence[AdaptedLinear], deltas: Deltas) -> LinearGroup:
     """Make one group of layers that share their input; their dense weights are given up."""
     held = [layer.dense for layer in layers]
     assert all(held), "a layer is grouped once"
-    group = LinearGroup([d[0] for d in held if d], [d[1] for d in held if d], masks)
+    group = LinearGroup([d[0] for d in held if d], [d[1] for d in held if d], deltas)
     for index, layer in enumerate(layers):
         layer.group, layer.index, layer.dense = group, index, None
     return group

@@ -8,7 +8,7 @@ heads, tokens, head_dim).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,35 @@ NAME = "kasa_paged"
 @dataclass(frozen=True)
 class KvCache:
     """Keys and values of all layers, (num_slots, kv_heads, head_dim) each; a block is `block_size`
-    slots in a row."""
+    slots in a row. The last block is no sequence's: rows that only fill a batch up write there."""
 
     keys: list[Tensor]
     values: list[Tensor]
     block_size: int
+
+
+class Plan(Protocol):
+    """What all layers of a step share."""
+
+    @property
+    def cache(self) -> KvCache: ...
+
+    @property
+    def new_slots(self) -> Tensor:
+        """(num_tokens,) int64: where the new keys and values go."""
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """query (heads, tokens, head_dim), keys and values of a layer's cache, the new ones stored
+        -> (tokens, heads, head_dim)."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +69,10 @@ class Group:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What all layers of a step share."""
+    """Gathers each sequence's keys and values; for any step on any device."""
 
     cache: KvCache
-    new_slots: Tensor  # (num_tokens,) where the new keys and values go
+    new_slots: Tensor
     groups: tuple[Group, ...]
 
     @classmethod
@@ -62,6 +86,22 @@ class AttentionPlan:
         )
         return cls(cache, torch.cat(new).to(like.device), groups)
 
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        parts = []
+        for group in self.groups:
+            rows, mask = query[:, group.rows], _windowed(group, sliding_window)
+            parts.append(_attend(rows, keys, values, group, mask, scaling, softcap))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
 
 def paged_attention(
     module: nn.Module,
@@ -74,7 +114,7 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    plan: AttentionPlan | None = None,
+    plan: Plan | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Store the new keys and values, attend to all stored ones. Returns (1, tokens, heads,
@@ -92,11 +132,15 @@ def paged_attention(
     keys, values = plan.cache.keys[layer], plan.cache.values[layer]
     keys.index_copy_(0, plan.new_slots, key[0].transpose(0, 1))  # (tokens, kv_heads, head_dim)
     values.index_copy_(0, plan.new_slots, value[0].transpose(0, 1))
-    parts = []
-    for group in plan.groups:
-        rows, mask = query[0, :, group.rows], _windowed(group, sliding_window)
-        parts.append(_attend(rows, keys, values, group, mask, scaling, softcap))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+    output = plan.attend(
+        query[0],
+        keys,
+        values,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return output[None], None
 
 
 def _attend(

@@ -19,12 +19,15 @@ def probe(executor: Executor, token_ids: list[int], num_computed: int) -> Tensor
     return executor.run(PackedBatch.pack(token_ids, [seq], list(range(len(token_ids)))))
 
 
-def require_split_prompts(executor: Executor, architecture: str, tolerance: float) -> None:
-    """A few tokens in one step, then again in two: the logits agree unless the architecture keeps a
-    state, or counts positions, beside what an executor hands it. Raises ModelError."""
+def require_split_prompts(
+    executor: Executor, architecture: str, tolerance: float, num_last: int = PROBE_TOKENS // 2
+) -> None:
+    """A few tokens in one step, then again in two, the second with `num_last`: the logits agree
+    unless the architecture keeps a state, or counts positions, beside what an executor hands it.
+    Raises ModelError."""
     length = min(PROBE_TOKENS, executor.context_length, executor.num_blocks * executor.block_size)
     token_ids = [i % executor.vocab_size for i in range(length)]
-    first = max(1, length // 2)
+    first = max(1, length - num_last)
     whole = probe(executor, token_ids, 0)[first:]
     probe(executor, token_ids[:first], 0)
     if first == length:

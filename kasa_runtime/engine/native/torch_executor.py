@@ -7,9 +7,10 @@ interface, and every linear layer is replaced by an `AdaptedLinear`.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,9 @@ from kasa_runtime.background import set_torch_threads
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.engine.native.adapted_linear import (
     AdaptedLinear,
+    Deltas,
     Factors,
+    LinearGroup,
     StepMasks,
     group_layers,
     pack_weight,
@@ -41,10 +44,14 @@ from kasa_runtime.engine.native.paged_attention import (
     NAME,
     AttentionPlan,
     KvCache,
+    Plan,
     paged_attention,
 )
-from kasa_runtime.engine.native.probe import probe, require_split_prompts
+from kasa_runtime.engine.native.probe import PROBE_TOKENS, probe, require_split_prompts
 from kasa_runtime.errors import CapacityExceeded, ConfigError, KasaError, ModelError
+
+if TYPE_CHECKING:
+    from kasa_runtime.engine.native.cuda.decode import DecodeSteps
 
 logger = logging.getLogger(__name__)
 
@@ -58,41 +65,65 @@ class TorchExecutor(Executor):
         self._device = _device(config)
         if self._device.type == "cpu":
             set_torch_threads(config.num_threads)
+        else:
+            torch.cuda.set_device(self._device)
         AttentionInterface.register(NAME, paged_attention)
         self._model = load_decoder(
             model_dir, dtype=_dtype(config, self._device), device=self._device, attention=NAME
         )
         self._num_parameters = self._model.num_parameters()
-        self._masks = StepMasks()
+        has_triton = _has_triton(self._device)
+        self._captures = has_triton and config.cuda_graphs
+        self._deltas = _triton_deltas(config, self._device) if has_triton else StepMasks()
         self._layers = _adapt_layers(self._model)
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
         self._tails: dict[str, Tail] = {}  # per layer, the largest that a resident adapter needs
+        self._decode: DecodeSteps | None = None
         try:
             self._describe(config)
             self._cache = self._allocate_cache(config)
             self._groups = self._group_layers()
-            exact = self._model.dtype in (torch.float32, torch.float64)
-            require_split_prompts(self, type(self._model).__name__, 0.01 if exact else 0.25)
+            self._require_split_prompts()
         except KasaError:
             raise
         except Exception as error:  # the architecture's own code, which raises what it likes
             raise ModelError(
                 f"{type(self._model).__name__} does not run on this engine: {error}"
             ) from error
+        if self._captures:
+            self._capture_decode_steps(config)
 
     @torch.inference_mode()
     def run(self, batch: PackedBatch) -> Tensor:
-        plan = AttentionPlan.make(batch, self._cache)
-        self._masks.begin(
+        if self._decode is not None and self._decode.takes(batch):
+            return self._decode.run(batch)
+        self._deltas.begin(
             [s.slot for s in batch.sequences],
             [s.num_tokens for s in batch.sequences],
-            self._cache.keys[0],
+            batch.logit_rows,
         )
+        return self._forward(
+            batch.token_ids.to(self._device),
+            batch.positions.to(self._device),
+            AttentionPlan.make(batch, self._cache),
+            logit_rows=batch.logit_rows.to(self._device),
+        )
+
+    @torch.inference_mode()
+    def _forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        plan: Plan,
+        *,
+        logit_rows: Tensor | None = None,
+    ) -> Tensor:
+        """token ids and positions (num_tokens,) -> logits of these rows, or of all, float32."""
         output = self._model(
-            input_ids=batch.token_ids.to(self._device)[None],
-            position_ids=batch.positions.to(self._device)[None],
+            input_ids=token_ids[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=batch.logit_rows.to(self._device),
+            logits_to_keep=0 if logit_rows is None else logit_rows,
             plan=plan,
         )
         return output.logits[0].float()  # type: ignore[no-any-return]
@@ -126,10 +157,10 @@ class TorchExecutor(Executor):
             for i, names in enumerate(self._groups):
                 group = self._layers[names[0]].group
                 if i in merged:
-                    group.set_merged(merged[i])
+                    group.set_merged(merged.pop(i))
                 else:
                     group.set_pristine()
-            self._masks.merged_slot = slot
+            self._deltas.set_merged(slot)
 
         return commit
 
@@ -137,12 +168,12 @@ class TorchExecutor(Executor):
         def commit() -> None:
             for layer in self._layers.values():
                 layer.group.set_pristine()
-            self._masks.merged_slot = NO_SLOT
+            self._deltas.set_merged(NO_SLOT)
 
         return commit
 
     def close(self) -> None:
-        del self._model, self._layers, self._cache
+        del self._model, self._layers, self._cache, self._deltas, self._decode
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -164,7 +195,7 @@ class TorchExecutor(Executor):
         held = [self._layers[names[0]].group.factors for names in self._groups]
         interned = {f.layouts: f.layouts for f in held if f is not None}
         kept: dict[str, Tail | None] = {}
-        factors: list[Factors | None] = []
+        changes: list[tuple[LinearGroup, Factors | None]] = []
         for names in affected:
             parts = []
             for name in names:
@@ -172,11 +203,12 @@ class TorchExecutor(Executor):
                 t = max((d.t for d in deltas.values()), default=0)
                 kept[name] = self._tail(name, t, tails)
                 parts.append((deltas, kept[name]))
-            factors.append(stack(parts, self._layers[names[0]].group.like, interned))
+            group = self._layers[names[0]].group
+            changes.append((group, stack(parts, group.like, interned)))
+        commit_factors = self._deltas.prepare(changes)
 
         def commit() -> None:
-            for names, value in zip(affected, factors, strict=True):
-                self._layers[names[0]].group.factors = value
+            commit_factors()
             self._adapters = adapters
             for name, tail in kept.items():
                 self._tails.pop(name, None)
@@ -198,6 +230,10 @@ class TorchExecutor(Executor):
         info = DecoderInfo.of(self._model)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
         self.block_size = config.block_size
+        if self._captures:
+            from kasa_runtime.engine.native.cuda.attention import BLOCK_SIZE
+
+            self.block_size = -(-config.block_size // BLOCK_SIZE) * BLOCK_SIZE
         self.vocab_size = info.vocab_size
         self.context_length = info.context_length(config)
         self.num_layers = info.num_layers
@@ -211,20 +247,39 @@ class TorchExecutor(Executor):
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         token_bytes = 2 * self.num_layers * heads * head_dim * self._model.dtype.itemsize
-        wanted = -(-self.context_length * config.max_num_seqs // config.block_size)
-        self.num_blocks = min(config.kv_cache_bytes // (token_bytes * config.block_size), wanted)
+        wanted = -(-self.context_length // self.block_size) * config.max_num_seqs
+        self.num_blocks = min(config.kv_cache_bytes // (token_bytes * self.block_size), wanted)
         if self.num_blocks < 1:
             raise ConfigError(
-                f"kv_cache_gib = {config.kv_cache_gib} holds no block of {config.block_size} "
+                f"kv_cache_gib = {config.kv_cache_gib} holds no block of {self.block_size} "
                 f"tokens of {token_bytes} bytes; raise it"
             )
-        shape = (self.num_blocks * config.block_size, heads, head_dim)
+        shape = ((self.num_blocks + 1) * self.block_size, heads, head_dim)
 
         def zeros() -> list[Tensor]:
             dtype, device = self._model.dtype, self._device
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(self.num_layers)]
 
-        return KvCache(zeros(), zeros(), config.block_size)
+        return KvCache(zeros(), zeros(), self.block_size)
+
+    def _require_split_prompts(self, num_last: int = PROBE_TOKENS // 2) -> None:
+        exact = self._model.dtype in (torch.float32, torch.float64)
+        name = type(self._model).__name__
+        require_split_prompts(self, name, 0.01 if exact else 0.25, num_last)
+
+    def _capture_decode_steps(self, config: EngineConfig) -> None:
+        """Without them if need be: some architectures cannot be captured, some machines lack what
+        torch compiles with."""
+        from kasa_runtime.engine.native.cuda.decode import capture_decode_steps
+
+        try:
+            self._decode = capture_decode_steps(
+                self._forward, self._cache, self._deltas, config.max_num_seqs
+            )
+            self._require_split_prompts(num_last=1)
+        except Exception as error:  # of torch's compiler, CUDA, or the architecture's own code
+            logger.warning("decode steps run without CUDA graphs: %s", error)
+            self._decode = None
 
     def _group_layers(self) -> list[tuple[str, ...]]:
         """Find the layers that share their input, by watching one token pass through the model, and
@@ -250,7 +305,7 @@ class TorchExecutor(Executor):
         called = set(grouped) if groups else set()
         groups += [(name,) for name in self._layers if name not in called]
         for names in groups:
-            group_layers([self._layers[name] for name in names], self._masks)
+            group_layers([self._layers[name] for name in names], self._deltas)
         return groups
 
 
@@ -268,6 +323,16 @@ def _adapt_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _has_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _triton_deltas(config: EngineConfig, device: torch.device) -> Deltas:
+    from kasa_runtime.engine.native.cuda.lowrank import TritonDeltas
+
+    return TritonDeltas(config.max_slots, config.max_num_batched_tokens, device)
 
 
 def _device(config: EngineConfig) -> torch.device:
