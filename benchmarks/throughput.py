@@ -3,7 +3,7 @@
 all take turns, so that noise hits them alike. Several executors can be compared in one run.
 
 python benchmarks/throughput.py [--model M] [--executor E ...] [--concurrency N] [--rounds N]
-                                [--tokens N] [--threads N] [--json FILE]
+                                [--tokens N] [--threads N] [--device D] [--dtype T] [--json FILE]
 
 Prints tokens per second of every round, the ratio of each pair, and the ratios' median and range.
 """
@@ -90,7 +90,7 @@ class Ours:
 
 def transformers_round(model: torch.nn.Module, prompts: list[list[int]], tokens: int) -> float:
     """The same of `generate`: the time of 1 token is subtracted from the time of all."""
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, device=model.device)
 
     def seconds(n: int) -> float:
         start = time.perf_counter()
@@ -101,6 +101,8 @@ def transformers_round(model: torch.nn.Module, prompts: list[list[int]], tokens:
             min_new_tokens=n,
             do_sample=False,
         )
+        if ids.is_cuda:
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     with torch.inference_mode():
@@ -117,7 +119,8 @@ def make_prompts(count: int, vocabulary: int) -> list[list[int]]:
 def serve_transformers(pipe: Connection, model_dir: Path, args: argparse.Namespace) -> None:
     """Child process: one round of the bare base for every message."""
     torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=args.dtype)
+    model = model.to(args.device).eval()
     prompts = make_prompts(args.concurrency, model.config.vocab_size)
     pipe.send("ready")
     while pipe.recv() is not None:
@@ -134,7 +137,9 @@ async def _serve_ours(
 ) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         make_adapters(Path(scratch), BaseModel(model_dir), NUM_ADAPTERS)
-        native = EngineConfig(executor=executor, threads=args.threads)
+        native = EngineConfig(
+            executor=executor, threads=args.threads, device=args.device, dtype=args.dtype
+        )
         config = RuntimeConfig(str(model_dir), Path(scratch), native=native)
         async with await Runtime.create(config) as runtime:
             prompts = make_prompts(args.concurrency, runtime.model.vocab_size)
@@ -188,7 +193,8 @@ def main(args: argparse.Namespace) -> None:
 def report(results: dict[str, list[float]], args: argparse.Namespace) -> None:
     baseline = results["transformers base"]
     print(
-        f"\nconcurrency {args.concurrency}, {args.tokens} tokens, {args.threads} threads, float32"
+        f"\nconcurrency {args.concurrency}, {args.tokens} tokens, {args.threads} threads, "
+        f"{args.device}, {args.dtype}"
     )
     for name, values in results.items():
         ratios = [v / b for v, b in zip(values, baseline, strict=True)]
@@ -212,5 +218,9 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=EngineConfig().num_threads)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", help="of both; default: float32 on CPU, bfloat16 on CUDA")
     parser.add_argument("--json", type=Path)
-    main(parser.parse_args())
+    arguments = parser.parse_args()
+    arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
+    main(arguments)

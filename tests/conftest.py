@@ -9,6 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: threads only get
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by whomever
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from engine.architectures import SERVED
 from engine.making import MemoryTails, load_model, make_deltas, require_openvino, save_model
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.lora import AdapterWeights
-from kasa_runtime.engine.native.executor import Executor
+from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.engine.native.executor import Executor, PackedBatch
 from kasa_runtime.engine.native.torch_executor import TorchExecutor
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -30,11 +34,30 @@ def served_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return get
 
 
-@pytest.fixture(scope="module", params=["torch", "openvino"])
+class CudaExecutor(TorchExecutor):
+    """The torch executor on a GPU, with results on the CPU; the settings' blocks, so no graphs."""
+
+    def __init__(self, model_dir: Path, settings: EngineConfig) -> None:
+        super().__init__(model_dir, replace(settings, device="cuda", cuda_graphs=False))
+
+    def run(self, batch: PackedBatch) -> Tensor:
+        return super().run(batch).cpu()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: weight.cpu() for name, weight in super().weights().items()}
+
+
+@pytest.fixture(
+    scope="module", params=["torch", "openvino", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def executor_class(request: pytest.FixtureRequest) -> type[Executor]:
     """Each executor in turn."""
     if request.param == "torch":
         return TorchExecutor
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        return CudaExecutor
     require_openvino()
     from kasa_runtime.engine.native.openvino.executor import OpenVinoExecutor
 
