@@ -196,6 +196,22 @@ async def test_base_and_adapters_by_name_and_version(
     assert len({tuple(want(name)) for name in ("", *ADAPTERS)}) == 4
 
 
+async def test_usage_says_how_much_of_the_prompt_was_cached(
+    tiny_chat_model: Path, adapters_dir: Path
+) -> None:
+    async with serving(tiny_chat_model, adapters_dir) as runtime:
+        found = []
+        for adapter in ("", "alpha", "alpha", ""):
+            last = (await read(runtime, ask(adapter=adapter)))[-1]
+            assert last.usage is not None
+            found.append(last.usage.cached_prompt_tokens)
+        num_prompt_tokens, stats = last.usage.prompt_tokens, runtime.stats()
+    num_found = (num_prompt_tokens - 1) // 4 * 4  # blocks of four
+    assert found == [0, 0, num_found, num_found] and num_found > 0
+    assert stats.prefix_cache_queries == 4 * num_prompt_tokens
+    assert stats.prefix_cache_hits == 2 * num_found
+
+
 async def test_the_last_chunk_has_the_end_and_only_it(
     tiny_chat_model: Path, adapters_dir: Path
 ) -> None:

@@ -23,6 +23,7 @@ from kasa_runtime.errors import CapacityExceeded, ConfigError
         ("threads", -1),
         ("max_queue", -1),
         ("max_model_len", -1),
+        ("max_prefill_tokens", -1),
         ("kv_cache_gib", 0.0),
         ("kv_cache_gib", float("nan")),
     ],
