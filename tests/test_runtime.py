@@ -202,7 +202,7 @@ async def test_usage_says_how_much_of_the_prompt_was_cached(
     async with serving(tiny_chat_model, adapters_dir) as runtime:
         found = []
         for adapter in ("", "alpha", "alpha", ""):
-            last = (await read(runtime, ask(adapter=adapter)))[-1]
+            last = (await read(runtime, ask(adapter=adapter, prompt=4 * PROMPT)))[-1]
             assert last.usage is not None
             found.append(last.usage.cached_prompt_tokens)
         num_prompt_tokens, stats = last.usage.prompt_tokens, runtime.stats()
