@@ -118,6 +118,19 @@ def test_mixed_rows_have_the_logits_of_their_own_models(
     assert_exact(loaded, adapted)
 
 
+def test_the_last_layers_adapters_follow_the_rows_whose_logits_are_asked(
+    tiny_llama: Path, bare: Any, base: BaseModel, tails: MemoryTails, executor_class: Any
+) -> None:
+    adapter = make_deltas(base, "head@1", ("lm_head", "v_proj"), r=4, t=2, seed=5)
+    executor = executor_class(tiny_llama, config())
+    executor.prepare_load(0, adapter, tails)()
+    parts = [SequenceSlice(5, 0, range(2), NO_SLOT), SequenceSlice(7, 0, range(4, 6), 0)]
+    logits = executor.run(PackedBatch.pack(prompt(5) + prompt(7), parts, [4, 10, 11]))
+    own = logits_of(load_adapted(tiny_llama, adapter, tails), prompt(7))
+    want = torch.cat([logits_of(bare, prompt(5))[4:], own[5:]])
+    assert float((logits - want).abs().max()) < TOLERANCE
+
+
 @pytest.mark.parametrize("slot", [0, 1, 2])
 def test_any_row_is_exact_while_an_adapter_is_merged(
     slot: int, loaded: Any, adapted: Mapping[str | None, Any], tails: MemoryTails

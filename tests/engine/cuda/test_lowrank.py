@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,6 +211,35 @@ def test_rows_of_the_last_layer_are_those_of_the_logits() -> None:
     for i, slot in enumerate((0, NO_SLOT, 1)):
         want = dense(case.layers[0], slot, torch.float32) @ x[0, i].double()
         assert torch.allclose(found[0, i].double(), want, rtol=1e-5, atol=1e-5)
+
+
+COMPILE = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kasa_runtime.engine.native.cuda.kernels import _expand, _shrink
+
+types = {name: "*i64" for name in ("factors", "hidden")}
+types |= {name: "*i32" for name in ("order", "adapters", "merged")}
+types |= {name: "*" + sys.argv[2] for name in "xy"}
+sizes = {"SPLIT_IN": 1024, "BLOCK_IN": 128, "BLOCK_OUT": 64}
+sizes |= {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 16}
+for kernel in (_shrink, _expand):
+    constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    signature |= {name: "constexpr" for name in constants}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32)).asm["cubin"]
+"""
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("80", "bf16"), ("90", "bf16"), ("75", "fp16")])
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(capability: str, dtype: str) -> None:
+    """What the interpreter takes need not be what the compiler takes."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, capability, dtype]
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[3])
 
 
 def test_a_model_with_these_deltas_has_the_logits_of_the_adapted_one(
