@@ -1,0 +1,122 @@
+"""A Python environment per system, built on demand and kept; and models converted with them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+REQUIREMENTS = Path(__file__).parent / "requirements"
+BUILD_TIMEOUT_S = 3600.0
+
+
+class PeerUnavailable(Exception):
+    """A system cannot run here, or stopped; the text says why."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What `requirements/<name>.txt` pins, without the packages of `without`, which it declares but
+    which do not work beside the others."""
+
+    name: str
+    without: tuple[str, ...] = ()
+
+    @property
+    def requirements(self) -> Path:
+        return REQUIREMENTS / f"{self.name}.txt"
+
+    @property
+    def digest(self) -> str:
+        """Changes with what is installed."""
+        content = self.requirements.read_bytes() + repr((self.without, sys.version)).encode()
+        return hashlib.sha256(content).hexdigest()[:8]
+
+    def python(self, cache: Path) -> Path:
+        """Its interpreter; the environment is built under `cache` when it is not there yet. Raises
+        PeerUnavailable."""
+        home = cache / "environments" / f"{self.name}-{self.digest}"
+        python, complete = home / "bin" / "python", home / "complete"
+        if not complete.exists():
+            print(f"building {home}; this can take long", flush=True)
+            shutil.rmtree(home, ignore_errors=True)
+            venv.create(home, with_pip=True)
+            pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+            log = home / "build.log"
+            run_logged([*pip, "install", "--requirement", str(self.requirements)], log)
+            if self.without:
+                run_logged([*pip, "uninstall", "--yes", *self.without], log)
+            complete.touch()
+        return python
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The model in a system's own format, made by `module` in `environment`."""
+
+    module: str
+    environment: Environment
+    precision: str
+    suffix: str = ""
+
+    def path(self, cache: Path, model_dir: Path, fingerprint: str) -> Path:
+        """The converted model under `cache`, made when it is not there yet. Raises
+        PeerUnavailable."""
+        format_ = self.module.rpartition(".")[2]
+        key = f"{format_}-{self.precision}-{self.environment.digest}-{fingerprint[:12]}"
+        converted = cache / "models" / f"{key}{self.suffix}"
+        if not converted.exists():
+            python = self.environment.python(cache)
+            print(f"converting the model to {converted}", flush=True)
+            converted.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=converted.parent) as scratch:
+                made = Path(scratch) / f"model{self.suffix}"
+                run_logged(
+                    [
+                        str(python),
+                        "-m",
+                        self.module,
+                        str(model_dir),
+                        str(made),
+                        self.precision,
+                    ],
+                    converted.with_name(f"{key}.log"),
+                )
+                made.rename(converted)
+        return converted
+
+
+def run_logged(command: Sequence[str], log: Path) -> None:
+    """Append its output to `log`. Raises PeerUnavailable with the end of it."""
+    with log.open("a") as output:
+        try:
+            subprocess.run(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=isolated(),
+                timeout=BUILD_TIMEOUT_S,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise PeerUnavailable(f"{last_line(log)} ({type(error).__name__}; {log})") from error
+
+
+def isolated() -> dict[str, str]:
+    """Environment variables for a foreign Python: of this repository it sees the sources alone."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1"}
+
+
+def last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no output"

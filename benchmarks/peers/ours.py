@@ -1,0 +1,83 @@
+"""KaSA Runtime's embedded engine, driven through `Runtime` as an application would."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.cases import adapter_name
+from benchmarks.peers.child import KV_CACHE_GIB, Arrivals, Peer, serve
+from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.types import GenerationRequest, SamplingParams
+
+
+class Ours(Peer):
+    """Its own setting is `engine`, fields of EngineConfig."""
+
+    packages = ("kasa-runtime", "openvino", "torch", "transformers")
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._loop = asyncio.Runner()
+        self._scratch = tempfile.TemporaryDirectory()
+        # A copy: the store keeps its state in the directory, and other processes have their own.
+        adapters_dir = shutil.copytree(
+            settings["adapters_dir"], Path(self._scratch.name, "adapters")
+        )
+        native = EngineConfig(
+            **{
+                "threads": settings["threads"],
+                "kv_cache_gib": KV_CACHE_GIB,
+                "max_slots": len(list(adapters_dir.iterdir())),
+                **settings["engine"],
+            }
+        )
+        config = RuntimeConfig(settings["model"], adapters_dir, native=native)
+        self._runtime = self._loop.run(Runtime.create(config))
+        self._held = 0
+        self._merged = False
+        self._num_requests = 0
+
+    def prepare(self, num_held: int, merged: bool) -> bool:
+        if (num_held, merged) == (self._held, self._merged):
+            return False
+        self._loop.run(self._hold(num_held, merged))
+        self._held, self._merged = num_held, merged
+        return True
+
+    async def _hold(self, num_held: int, merged: bool) -> None:
+        await self._runtime.unmerge_adapter()
+        for i in range(num_held, self._held):
+            await self._runtime.unload_adapter(adapter_name(i))
+        for i in range(self._held, num_held):
+            await self._runtime.load_adapter(adapter_name(i))
+        if merged:
+            await self._runtime.merge_adapter(adapter_name(0))
+
+    def run(self, prompts: list[list[int]], adapters: list[str], tokens: int) -> Arrivals:
+        return self._loop.run(self._run(prompts, adapters, tokens))
+
+    async def _run(self, prompts: list[list[int]], adapters: list[str], tokens: int) -> Arrivals:
+        arrivals = Arrivals(len(prompts))
+        sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+
+        async def one(i: int) -> None:
+            self._num_requests += 1
+            request = GenerationRequest(
+                str(self._num_requests),
+                adapters[i],
+                token_ids=tuple(prompts[i]),
+                sampling=sampling,
+            )
+            async for chunk in self._runtime.generate(request):
+                arrivals.add(i, list(chunk.token_ids))
+
+        await asyncio.gather(*(one(i) for i in range(len(prompts))))
+        return arrivals
+
+
+if __name__ == "__main__":
+    serve(Ours)

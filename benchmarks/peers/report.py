@@ -1,0 +1,186 @@
+"""What a run leaves beside `rounds.jsonl`: `results.json`, `report.md`, `plot.png`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from benchmarks.peers.cases import Case, Mix
+from benchmarks.peers.measures import Measures, Ratio, Record, Spread, agreement, ratios, spreads
+from benchmarks.peers.systems import System, pairs
+
+REFERENCE = "transformers"
+
+
+@dataclass
+class Run:
+    """Everything that is reported. `machine`, `model`, `tokens` and `threads` hold for all."""
+
+    machine: str
+    model: str
+    tokens: int
+    threads: int
+    systems: Sequence[System]
+    records: list[Record] = field(default_factory=list)
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)  # by system
+    failures: dict[str, str] = field(default_factory=dict)  # by system
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}, {self.tokens} new tokens, {self.threads} threads, {self.machine}"
+
+    @property
+    def ratios(self) -> list[Ratio]:
+        return ratios(self.records, pairs(self.systems))
+
+
+def write_report(run: Run, directory: Path) -> str:
+    """Write all but `rounds.jsonl`; returns the text of `report.md`."""
+    text = markdown(run)
+    (directory / "report.md").write_text(text)
+    (directory / "results.json").write_text(json.dumps(as_json(run), indent=2) + "\n")
+    if run.records:
+        plot(run, directory / "plot.png")
+    return text
+
+
+def as_json(run: Run) -> dict[str, object]:
+    summary = [
+        {"system": system, **asdict(case), "measure": measure.name, **asdict(spread)}
+        for measure in fields(Measures)
+        for (system, case), spread in spreads(run.records, measure.name).items()
+    ]
+    return {
+        "machine": run.machine,
+        "model": run.model,
+        "tokens": run.tokens,
+        "threads": run.threads,
+        "versions": run.versions,
+        "failures": run.failures,
+        "summary": summary,
+        "ratios": [asdict(ratio) for ratio in run.ratios],
+        "agreement": agreement(run.records, REFERENCE),
+    }
+
+
+def markdown(run: Run) -> str:
+    """Median (low to high) over the rounds."""
+    lines = [f"# {run.title}", ""]
+    lines += [
+        f"- {system}: {', '.join(f'{name} {version}' for name, version in found.items())}"
+        for system, found in run.versions.items()
+    ]
+    lines += [
+        f"- {system}: not measured, or not to the end: {why}"
+        for system, why in run.failures.items()
+    ]
+    for size in sizes(run.records):
+        lines += ["", f"## {describe(*size)}", "", *_table(run, *size)]
+    lines += ["", "## Ratios, of rounds of this run", "", *_ratio_table(run.ratios)]
+    lines += _agreement_lines(run)
+    return "\n".join(lines) + "\n"
+
+
+def sizes(records: Sequence[Record]) -> list[tuple[int, int]]:
+    """(prompt_tokens, concurrency) of all that was measured."""
+    return sorted({(r.case.prompt_tokens, r.case.concurrency) for r in records})
+
+
+def describe(prompt_tokens: int, concurrency: int) -> str:
+    requests = "1 request" if concurrency == 1 else f"{concurrency} requests at once"
+    return f"{requests}, prompts of {prompt_tokens} tokens"
+
+
+def _table(run: Run, prompt_tokens: int, concurrency: int) -> list[str]:
+    found = {measure.name: spreads(run.records, measure.name) for measure in fields(Measures)}
+    lines = [
+        "| system | adapters | decode, tokens/s | TTFT, ms | ITL p50, ms | ITL p99, ms "
+        "| peak RSS, MB |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for (system, case), decode in found["decode_tokens_per_s"].items():
+        if (case.prompt_tokens, case.concurrency) != (prompt_tokens, concurrency):
+            continue
+        cells = [
+            system,
+            case.mix,
+            show(decode),
+            *(
+                show(found[name][system, case], 1e3)
+                for name in ("ttft_s", "itl_p50_s", "itl_p99_s")
+            ),
+            f"{found['peak_rss_bytes'][system, case].high / 1e6:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _ratio_table(found: Sequence[Ratio]) -> list[str]:
+    lines = [
+        "| ratio | of | prompt tokens | requests | median (low to high) | rounds |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for ratio in found:
+        pair = ratio.pair
+        sides = [f"{side.system} {side.mix}" for side in (pair.ours, pair.other)]
+        measure = {"decode_tokens_per_s": "decode", "ttft_s": "TTFT"}[pair.measure]
+        lines.append(
+            f"| {' / '.join(sides)} | {measure} | {ratio.prompt_tokens} | {ratio.concurrency} | "
+            f"{show(ratio.spread, digits=2)} | {ratio.num_rounds} |"
+        )
+    return lines
+
+
+def _agreement_lines(run: Run) -> list[str]:
+    shares = agreement(run.records, REFERENCE)
+    if not shares:
+        return []
+    text = ", ".join(f"{system} {share:.1%}" for system, share in shares.items())
+    return ["", f"Tokens of the base before the first that differs from {REFERENCE}: {text}."]
+
+
+def show(spread: Spread, scale: float = 1.0, digits: int = 1) -> str:
+    median, low, high = (
+        f"{value * scale:.{digits}f}" for value in (spread.median, spread.low, spread.high)
+    )
+    return f"{median} ({low} to {high})"
+
+
+def plot(run: Run, path: Path) -> None:
+    """Decode throughput: a panel per size of batch and prompt, a bar per system and mix, lines from
+    the slowest round to the fastest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    decode = spreads(run.records, "decode_tokens_per_s")
+    panels = sizes(run.records)
+    labels = [(s.name, mix) for s in run.systems for mix in Mix if _measured(run, s.name, mix)]
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(3 + 3 * len(panels), 1.5 + 0.3 * len(labels)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (prompt_tokens, concurrency) in zip(axes[0], panels, strict=True):
+        for row, (system, mix) in enumerate(labels):
+            spread = decode.get((system, Case(mix, concurrency, prompt_tokens)))
+            if spread is not None:
+                axis.barh(row, spread.median, color=f"C{list(Mix).index(mix)}")
+                axis.plot([spread.low, spread.high], [row, row], color="black", linewidth=1)
+        axis.set_title(describe(prompt_tokens, concurrency), fontsize=8)
+        axis.set_xlabel("decode, tokens/s")
+    axes[0][0].set_yticks(range(len(labels)), [f"{system}: {mix}" for system, mix in labels])
+    axes[0][0].invert_yaxis()
+    figure.suptitle(run.title, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _measured(run: Run, system: str, mix: Mix) -> bool:
+    return any(r.system == system and r.case.mix is mix for r in run.records)

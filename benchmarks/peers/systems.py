@@ -1,0 +1,104 @@
+"""Who is measured, in which cases, and which pairs are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.peers.cases import Mix
+from benchmarks.peers.environments import Conversion, Environment
+from benchmarks.peers.measures import Pair, Side
+
+OURS = "benchmarks.peers.ours"
+TRANSFORMERS = Environment("transformers")
+VLLM = Environment("vllm", without=("torchvision", "torchaudio", "torchcodec"))
+GENAI = Environment("openvino-genai")
+EXPORT = Environment("openvino-export")
+LLAMA_CPP = Environment("llama-cpp")
+
+
+@dataclass(frozen=True)
+class System:
+    """A process of its own that runs `module`, in `environment` (None: the one of the driver).
+    `settings` are its own, beside those that all get."""
+
+    name: str
+    module: str
+    mixes: tuple[Mix, ...] = (Mix.BASE,)
+    environment: Environment | None = None
+    conversion: Conversion | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.module == OURS
+
+
+def ours(name: str, engine: Mapping[str, Any]) -> System:
+    """Our engine with these fields of EngineConfig."""
+    return System(name, OURS, tuple(Mix), settings={"engine": engine})
+
+
+SYSTEMS = {
+    system.name: system
+    for system in (
+        ours("ours", {"executor": "openvino"}),
+        ours("ours-torch", {"executor": "torch"}),
+        System("transformers", "benchmarks.peers.transformers", environment=TRANSFORMERS),
+        System("peft", "benchmarks.peers.peft", (Mix.MIXED,), TRANSFORMERS),
+        System("vllm", "benchmarks.peers.vllm", environment=VLLM, settings={"lora": False}),
+        System("vllm-lora", "benchmarks.peers.vllm", (Mix.MIXED,), VLLM, settings={"lora": True}),
+        System(
+            "openvino-genai",
+            "benchmarks.peers.openvino_genai",
+            environment=GENAI,
+            conversion=Conversion("benchmarks.peers.export_openvino", EXPORT, "float32"),
+        ),
+        System(
+            "openvino-genai-int8",
+            "benchmarks.peers.openvino_genai",
+            environment=GENAI,
+            conversion=Conversion("benchmarks.peers.export_openvino", EXPORT, "int8"),
+        ),
+        System(
+            "llama.cpp",
+            "benchmarks.peers.llama_cpp",
+            environment=LLAMA_CPP,
+            conversion=Conversion("benchmarks.peers.export_gguf", LLAMA_CPP, "float32", ".gguf"),
+        ),
+    )
+}
+
+
+def pairs(systems: Iterable[System]) -> list[Pair]:
+    """The comparisons that matter, for each variant of our engine."""
+    found = []
+    for system in systems:
+        if system.is_ours:
+            found += _pairs_of(system.name)
+    return found
+
+
+def _pairs_of(name: str) -> list[Pair]:
+    base, merged, idle = Side(name, Mix.BASE), Side(name, Mix.MERGED), Side(name, Mix.IDLE)
+    mixed, many = Side(name, Mix.MIXED), Side(name, Mix.MANY)
+    genai = Side("openvino-genai", Mix.BASE)
+    found = [
+        Pair(base, genai),
+        Pair(merged, genai),
+        Pair(merged, base),
+        Pair(idle, base),
+        Pair(mixed, base, concurrencies=(8, 32)),
+        Pair(mixed, Side("vllm-lora", Mix.MIXED)),
+        Pair(mixed, Side("peft", Mix.MIXED)),
+        Pair(many, mixed, concurrencies=(32,)),
+        Pair(base, genai, (1,), (256,), measure="ttft_s"),
+        Pair(base, Side("transformers", Mix.BASE)),
+        Pair(mixed, Side("transformers", Mix.BASE)),
+        Pair(base, Side("vllm", Mix.BASE)),
+        Pair(base, Side("llama.cpp", Mix.BASE)),
+    ]
+    if name != "ours":
+        found += [Pair(base, Side("ours", Mix.BASE)), Pair(mixed, Side("ours", Mix.MIXED))]
+    return found
