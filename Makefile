@@ -27,7 +27,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/peers.py --short
 
 bench-training: $(STAMP)
 	$(BIN)/python benchmarks/training.py
