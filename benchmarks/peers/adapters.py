@@ -34,6 +34,7 @@ def _make(root: Path, model_dir: Path, method: AdapterMethod, count: int) -> Non
     from kasa_runtime.adapter.kasa import TruncationRule
     from kasa_runtime.adapter.lora import Adapter, ModuleWeights
 
+    root.mkdir()
     base = BaseModel(model_dir)
     generator = torch.Generator().manual_seed(0)
 

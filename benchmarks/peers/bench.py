@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.peers.adapters import adapters_dir
-from benchmarks.peers.cases import NUM_MANY, NUM_MIXED, Case, Mix, cases
+from benchmarks.peers.cases import Case, Mix, cases
 from benchmarks.peers.child import KV_CACHE_GIB
 from benchmarks.peers.environments import PeerUnavailable, isolated
 from benchmarks.peers.measures import Record
@@ -49,10 +50,14 @@ class Bench:
         self.run = Run(
             machine(), config.model_dir.name, config.tokens, config.threads, tuple(systems)
         )
+        self._cases = cases(config.mixes, config.concurrencies, config.prompt_tokens)
         self._fingerprint = fingerprint(config.model_dir)
         self._rounds_file = config.out / "rounds.jsonl"
         self._processes: dict[str, Process] = {}
         self._stack = ExitStack()
+        config.cache.mkdir(parents=True, exist_ok=True)
+        # Of the driver: the processes are killed and leave behind what they have.
+        self._scratch_dir = self._stack.enter_context(TemporaryDirectory(dir=config.cache))
 
     def __enter__(self) -> Bench:
         return self
@@ -78,7 +83,7 @@ class Bench:
         return [
             (system, case, round_)
             for round_ in range(config.rounds)
-            for case in cases(config.mixes, config.concurrencies, config.prompt_tokens)
+            for case in self._cases
             for system in self.run.systems[:: -1 if round_ % 2 else 1]
             if case.mix in system.mixes and (system.name, case, round_) not in done
         ]
@@ -109,15 +114,16 @@ class Bench:
 
     def _settings(self, system: System) -> dict[str, Any]:
         config = self.config
-        method, count = AdapterMethod.LORA, NUM_MIXED
-        if system.is_ours:
-            method, count = AdapterMethod.KASA, NUM_MANY
+        method = AdapterMethod.KASA if system.is_ours else AdapterMethod.LORA
+        count = max((case.num_held for case in self._cases if case.mix in system.mixes), default=0)
         adapters = adapters_dir(config.cache, config.model_dir, self._fingerprint, method, count)
         settings: dict[str, Any] = {
             "model": str(config.model_dir),
             "vocab_size": json.loads((config.model_dir / "config.json").read_text())["vocab_size"],
             "threads": config.threads,
             "adapters_dir": str(adapters),
+            "num_adapters": count,
+            "scratch_dir": self._scratch_dir,
             "max_concurrency": max(config.concurrencies),
             "max_model_len": max(config.prompt_tokens) + config.tokens,
             **system.settings,
@@ -134,7 +140,6 @@ class Bench:
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
             "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # stepped in the process that takes the times
             "VLLM_NO_USAGE_STATS": "1",
         }
 

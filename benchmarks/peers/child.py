@@ -50,8 +50,9 @@ class Arrivals:
 
 
 class Peer(ABC):
-    """One system with one model. `settings` has `model` (a directory), `threads`, `adapters_dir`,
-    `max_concurrency`, `max_model_len`, and the system's own."""
+    """One system with one model. `settings` has `model` (a directory), `threads`, `adapters_dir`
+    and how many are in it, `num_adapters`; `scratch_dir`, `max_concurrency`, `max_model_len`, and
+    the system's own."""
 
     packages: tuple[str, ...] = ()
 
@@ -113,13 +114,27 @@ def _require_complete(arrivals: Arrivals, tokens: int) -> None:
 
 
 def _reset_peak_rss() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    for process in _processes():
+        (process / "clear_refs").write_text("5")
 
 
 def _peak_rss_bytes() -> int:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    """Of this process and those that it started, added up; pages that they share count twice."""
+    peaks = [re.search(r"VmHWM:\s+(\d+) kB", (p / "status").read_text()) for p in _processes()]
+    return sum(1024 * int(found[1]) for found in peaks if found)
+
+
+def _processes() -> list[Path]:
+    """Of this process group, which the driver made for this system alone."""
+    numbers = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return [Path(f"/proc/{pid}") for pid in numbers if _group_of(pid) == os.getpgrp()]
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _die_with_parent() -> None:

@@ -21,7 +21,7 @@ class Measures:
     ttft_s: float  # mean over the requests
     itl_p50_s: float  # over all gaps between two tokens of a request
     itl_p99_s: float
-    peak_rss_bytes: int  # of the process, since the round began
+    peak_rss_bytes: int  # of all its processes, since the round began
 
 
 def measures(token_s: Sequence[Sequence[float]], peak_rss_bytes: int) -> Measures:

@@ -22,16 +22,14 @@ class Ours(Peer):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._loop = asyncio.Runner()
-        self._scratch = tempfile.TemporaryDirectory()
         # A copy: the store keeps its state in the directory, and other processes have their own.
-        adapters_dir = shutil.copytree(
-            settings["adapters_dir"], Path(self._scratch.name, "adapters")
-        )
+        adapters_dir = Path(tempfile.mkdtemp(dir=settings["scratch_dir"]))
+        shutil.copytree(settings["adapters_dir"], adapters_dir, dirs_exist_ok=True)
         native = EngineConfig(
             **{
                 "threads": settings["threads"],
                 "kv_cache_gib": KV_CACHE_GIB,
-                "max_slots": len(list(adapters_dir.iterdir())),
+                "max_slots": max(1, settings["num_adapters"]),
                 **settings["engine"],
             }
         )

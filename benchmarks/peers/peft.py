@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from benchmarks.peers.cases import NUM_MIXED, adapter_name
+from benchmarks.peers.cases import adapter_name
 from benchmarks.peers.child import serve
 from benchmarks.peers.transformers import Transformers
 
@@ -17,7 +17,7 @@ class Peft(Transformers):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
-        names = [adapter_name(i) for i in range(NUM_MIXED)]
+        names = [adapter_name(i) for i in range(settings["num_adapters"])]
         root = Path(settings["adapters_dir"])
         model = PeftModel.from_pretrained(self._model, root / names[0], adapter_name=names[0])
         for name in names[1:]:

@@ -29,7 +29,10 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{self.model}, {self.tokens} new tokens, {self.threads} threads, {self.machine}"
+        return (
+            f"{self.model}, {self.tokens} new tokens per request, CPU threads: {self.threads}, "
+            f"{self.machine}"
+        )
 
     @property
     def ratios(self) -> list[Ratio]:

@@ -47,8 +47,8 @@ SYSTEMS = {
         ours("ours-torch", {"executor": "torch"}),
         System("transformers", "benchmarks.peers.transformers", environment=TRANSFORMERS),
         System("peft", "benchmarks.peers.peft", (Mix.MIXED,), TRANSFORMERS),
-        System("vllm", "benchmarks.peers.vllm", environment=VLLM, settings={"lora": False}),
-        System("vllm-lora", "benchmarks.peers.vllm", (Mix.MIXED,), VLLM, settings={"lora": True}),
+        System("vllm", "benchmarks.peers.vllm", environment=VLLM),
+        System("vllm-lora", "benchmarks.peers.vllm", (Mix.MIXED,), VLLM),
         System(
             "openvino-genai",
             "benchmarks.peers.openvino_genai",

