@@ -48,7 +48,7 @@ class Environment:
         if not complete.exists():
             print(f"building {home}; this can take long", flush=True)
             shutil.rmtree(home, ignore_errors=True)
-            venv.create(home, with_pip=True)
+            venv.create(home, symlinks=True, with_pip=True)
             pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
             log = home / "build.log"
             run_logged([*pip, "install", "--requirement", str(self.requirements)], log)

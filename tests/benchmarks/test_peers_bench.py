@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.peers.bench import Bench, BenchConfig
 from benchmarks.peers.cases import Case, Mix
-from benchmarks.peers.environments import Environment, PeerUnavailable
+from benchmarks.peers.environments import Environment, PeerUnavailable, run_logged
 from benchmarks.peers.process import Process
 from benchmarks.peers.report import write_report
 from benchmarks.peers.systems import System
@@ -171,13 +171,21 @@ def test_a_system_that_fails_leaves_the_others_alone(tiny_llama: Path, tmp_path:
     assert "worse: not measured, or not to the end: ValueError: no such model" in report
 
 
-def test_an_environment_that_cannot_be_built_is_a_reason(
+def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('no such package\\n'); raise SystemExit(1)"]
+    with pytest.raises(PeerUnavailable, match="no such package"):
+        run_logged(command, tmp_path / "build.log")
+
+
+def test_other_requirements_make_another_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.peers.environments.REQUIREMENTS", tmp_path)
-    (tmp_path / "odd.txt").write_text("a wish, not a requirement\n")
-    with pytest.raises(PeerUnavailable, match="Invalid requirement"):
-        Environment("odd").python(tmp_path)
+    digests = set()
+    for version in ("1.0", "1.1"):
+        (tmp_path / "peer.txt").write_text(f"peer=={version}\n")
+        digests |= {Environment("peer").digest, Environment("peer", ("torchvision",)).digest}
+    assert len(digests) == 4
 
 
 def test_a_report_has_threads_everywhere(tiny_llama: Path, tmp_path: Path) -> None:
