@@ -286,7 +286,7 @@ class Serving:
             block += num_blocks
         token_ids = [token for _, i in pairs for token in self._prompts[i]]
         batch = PackedBatch.pack(token_ids, parts, list(range(len(token_ids))))
-        rows = self._executor.run(batch).split([part.num_tokens for part in parts])
+        rows = self._executor.run(batch).clone().split([part.num_tokens for part in parts])
         return dict(zip(pairs, rows, strict=True))
 
     async def _generate(self, places: asyncio.Semaphore, name: str, i: int) -> list[int]:

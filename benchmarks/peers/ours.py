@@ -30,6 +30,7 @@ class Ours(Peer):
                 "threads": settings["threads"],
                 "kv_cache_gib": KV_CACHE_GIB,
                 "max_slots": max(1, settings["num_adapters"]),
+                "prefix_caching": False,  # all rounds have the same prompts
                 **settings["engine"],
             }
         )

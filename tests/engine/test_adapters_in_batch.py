@@ -76,7 +76,7 @@ def logits_by_slot(executor: Executor) -> dict[int, Tensor]:
     order = [1, NO_SLOT, 2, 0, NO_SLOT, 1]
     parts = [SequenceSlice(5 + i, 0, range(4 * i, 4 * i + 4), s) for i, s in enumerate(order)]
     tokens = [token for part in parts for token in prompt(part.num_tokens)]
-    logits = executor.run(PackedBatch.pack(tokens, parts, list(range(len(tokens)))))
+    logits = executor.run(PackedBatch.pack(tokens, parts, list(range(len(tokens))))).clone()
     rows = logits.split([part.num_tokens for part in parts])
     return dict(zip(order, rows, strict=True))  # of a slot that occurs twice, the later row
 

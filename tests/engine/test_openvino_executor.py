@@ -49,7 +49,7 @@ def rows(executor: OpenVinoExecutor, length: int, slots: list[int]) -> list[torc
     ]
     wanted = list(range(length * len(slots)))
     logits = executor.run(PackedBatch.pack(prompt(length) * len(slots), parts, wanted))
-    return list(logits.split(length))
+    return list(logits.clone().split(length))
 
 
 def largest(found: torch.Tensor, want: torch.Tensor) -> float:

@@ -84,8 +84,8 @@ class Executor(ABC):
 
     @abstractmethod
     def run(self, batch: PackedBatch) -> Tensor:
-        """Logits (num_logits, vocab) float32; keys and values of the new tokens are stored in their
-        blocks."""
+        """Logits (num_logits, vocab) float32, the caller's to change, and good until the next run;
+        keys and values of the new tokens are stored in their blocks."""
 
     @abstractmethod
     def prepare_load(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> Commit:

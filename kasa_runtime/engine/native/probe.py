@@ -16,7 +16,7 @@ def probe(executor: Executor, token_ids: list[int], num_computed: int) -> Tensor
     """Logits (tokens, vocab) of all these tokens of one sequence, which has the first blocks."""
     num_blocks = -(-(num_computed + len(token_ids)) // executor.block_size)
     seq = SequenceSlice(len(token_ids), num_computed, range(num_blocks), NO_SLOT)
-    return executor.run(PackedBatch.pack(token_ids, [seq], list(range(len(token_ids)))))
+    return executor.run(PackedBatch.pack(token_ids, [seq], list(range(len(token_ids))))).clone()
 
 
 def require_split_prompts(

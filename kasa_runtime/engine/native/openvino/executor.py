@@ -94,8 +94,7 @@ class OpenVinoExecutor(Executor):
         for name, value in values.items():
             request.set_tensor(name, ov.Tensor(value, shared_memory=True))
         request.infer(share_outputs=True)
-        # A copy: the request writes its next logits to the same place.
-        return torch.from_numpy(np.array(request.get_tensor("logits").data))
+        return torch.from_numpy(request.get_tensor("logits").data)
 
     def prepare_load(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> Commit:
         missing = [name for name in adapter.modules if name not in self._shapes]
