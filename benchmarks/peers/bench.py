@@ -47,9 +47,8 @@ class Bench:
 
     def __init__(self, config: BenchConfig, systems: Sequence[System]) -> None:
         self.config = config
-        self.run = Run(
-            machine(), config.model_dir.name, config.tokens, config.threads, tuple(systems)
-        )
+        self.systems = tuple(systems)
+        self.run = Run(machine(), config.model_dir.name, config.tokens, config.threads)
         self._cases = cases(config.mixes, config.concurrencies, config.prompt_tokens)
         self._fingerprint = fingerprint(config.model_dir)
         self._rounds_file = config.out / "rounds.jsonl"
@@ -69,7 +68,7 @@ class Bench:
         """Everything that `rounds.jsonl` does not have yet, round by round."""
         self._take_recorded()
         turns = self._turns()
-        for system in self.run.systems:
+        for system in self.systems:
             if any(system is due for due, _, _ in turns):
                 self._start(system)
         for system, case, round_ in turns:
@@ -84,7 +83,7 @@ class Bench:
             (system, case, round_)
             for round_ in range(config.rounds)
             for case in self._cases
-            for system in self.run.systems[:: -1 if round_ % 2 else 1]
+            for system in self.systems[:: -1 if round_ % 2 else 1]
             if case.mix in system.mixes and (system.name, case, round_) not in done
         ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.peers.cases import Case, Mix
 from benchmarks.peers.measures import Measures, Ratio, Record, Spread, agreement, ratios, spreads
-from benchmarks.peers.systems import System, pairs
+from benchmarks.peers.systems import pairs
 
 REFERENCE = "transformers"
 
@@ -22,7 +22,6 @@ class Run:
     model: str
     tokens: int
     threads: int
-    systems: Sequence[System]
     records: list[Record] = field(default_factory=list)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)  # by system
     failures: dict[str, str] = field(default_factory=dict)  # by system
@@ -36,7 +35,7 @@ class Run:
 
     @property
     def ratios(self) -> list[Ratio]:
-        return ratios(self.records, pairs(self.systems))
+        return ratios(self.records, pairs(dict.fromkeys(r.system for r in self.records)))
 
 
 def write_report(run: Run, directory: Path) -> str:
@@ -161,7 +160,7 @@ def plot(run: Run, path: Path) -> None:
 
     decode = spreads(run.records, "decode_tokens_per_s")
     panels = sizes(run.records)
-    labels = [(s.name, mix) for s in run.systems for mix in Mix if _measured(run, s.name, mix)]
+    labels = list(dict.fromkeys((r.system, r.case.mix) for r in run.records))
     figure, axes = plt.subplots(
         1,
         len(panels),
@@ -183,7 +182,3 @@ def plot(run: Run, path: Path) -> None:
     figure.suptitle(run.title, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _measured(run: Run, system: str, mix: Mix) -> bool:
-    return any(r.system == system and r.case.mix is mix for r in run.records)

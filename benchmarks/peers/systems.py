@@ -14,7 +14,7 @@ OURS = "benchmarks.peers.ours"
 TRANSFORMERS = Environment("transformers")
 VLLM = Environment("vllm", without=("torchvision", "torchaudio", "torchcodec"))
 GENAI = Environment("openvino-genai")
-EXPORT = Environment("openvino-export")
+EXPORT = Environment("openvino-export", without=("torchvision",))
 LLAMA_CPP = Environment("llama-cpp")
 
 
@@ -71,13 +71,9 @@ SYSTEMS = {
 }
 
 
-def pairs(systems: Iterable[System]) -> list[Pair]:
-    """The comparisons that matter, for each variant of our engine."""
-    found = []
-    for system in systems:
-        if system.is_ours:
-            found += _pairs_of(system.name)
-    return found
+def pairs(names: Iterable[str]) -> list[Pair]:
+    """The comparisons that matter, for each variant of our engine among these systems."""
+    return [pair for name in names if name.startswith("ours") for pair in _pairs_of(name)]
 
 
 def _pairs_of(name: str) -> list[Pair]:

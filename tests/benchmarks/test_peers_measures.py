@@ -20,6 +20,7 @@ from benchmarks.peers.measures import (
     ratios,
     spreads,
 )
+from benchmarks.peers.systems import pairs
 
 BASE = Case(Mix.BASE, 8, 32)
 OURS, OTHER = Side("ours", Mix.BASE), Side("other", Mix.BASE)
@@ -126,3 +127,10 @@ def test_agreement_ends_at_the_first_difference() -> None:
 def test_a_record_survives_its_line_of_json() -> None:
     before = record("ours", 12.5, 3, Case(Mix.MANY, 32, 256))
     assert Record.from_json(json.loads(json.dumps(before.to_json()))) == before
+
+
+def test_a_variant_of_ours_is_compared_with_its_peers_and_with_ours() -> None:
+    found = pairs(["transformers", "ours-int8"])
+    assert {pair.ours.system for pair in found} == {"ours-int8"}
+    assert Pair(Side("ours-int8", Mix.MIXED), Side("ours", Mix.MIXED)) in found
+    assert Pair(Side("ours-int8", Mix.MIXED), Side("vllm-lora", Mix.MIXED)) in found
