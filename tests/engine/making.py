@@ -133,10 +133,14 @@ def make_deltas(
     return AdapterWeights(key, modules)
 
 
-@torch.no_grad()
 def load_adapted(model_dir: Path, adapter: AdapterWeights, tails: MemoryTails) -> Any:
-    """transformers' model with W + b a - P Q in the place of W, computed in float64."""
-    model = load_model(model_dir)
+    """transformers' model with W + b a - P Q in the place of W."""
+    return add_deltas(load_model(model_dir), adapter, tails)
+
+
+@torch.no_grad()
+def add_deltas(model: Any, adapter: AdapterWeights, tails: MemoryTails) -> Any:
+    """The model itself, b a - P Q added to its weights in float64."""
     for name, delta in adapter.modules.items():
         layer = model.get_submodule(name)
         total = delta.b.double() @ delta.a.double()  # (out, r) @ (r, in)

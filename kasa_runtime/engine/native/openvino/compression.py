@@ -43,9 +43,18 @@ def compress(graph: Any, quantization: str) -> Any:
     import nncf
 
     modes = nncf.CompressWeightsMode
+    else_int8 = nncf.AdvancedCompressionParameters(  # of layers that cannot be cut into groups
+        group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST,
+        min_adjusted_group_size=GROUP_SIZE,
+    )
     settings: dict[str, dict[str, Any]] = {
         "int8": {"mode": modes.INT8_ASYM},
-        "int4": {"mode": modes.INT4_ASYM, "group_size": GROUP_SIZE, "ratio": 1.0},
+        "int4": {
+            "mode": modes.INT4_ASYM,
+            "group_size": GROUP_SIZE,
+            "ratio": 1.0,
+            "advanced_parameters": else_int8,
+        },
     }
     nncf.set_log_level(logging.WARNING)
     with redirect_stdout(sys.stderr):  # of its progress bar
