@@ -5,6 +5,10 @@ graph computes with is W = (codes - z) * scale, in float32. int8 has a scale and
 output feature; int4 for every group of input features of one output feature, and embeddings stay
 int8. The CPU plugin multiplies by the codes without ever making W.
 
+An adapter's delta is added to W as to any base: W - P Q + s B diag(d) A, where P Q is the tail of
+the weight that was compressed, against which the adapter was trained. Merged weights are that sum
+in float32: exact, so that merged and batched agree, at float32's cost in the adapter's layers.
+
 NNCF is needed to compress, not to serve what was compressed before.
 """
 
@@ -24,6 +28,8 @@ VERSION = 1
 """Of how weights are compressed; raise it when that changes."""
 
 GROUP_SIZE = 32
+"""Input features that share a scale in int4."""
+
 DEQUANTISATION = frozenset({"Convert", "Subtract", "Multiply", "Reshape"})
 
 

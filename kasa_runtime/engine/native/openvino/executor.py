@@ -1,4 +1,4 @@
-"""The OpenVINO executor: the fast one on CPU, in float32.
+"""The OpenVINO executor: the fast one on CPU, in float32, with integer weights if wanted.
 
 The graph is converted once (`conversion.py`), closed with paged attention (`attention.py`) and gets
 an operation for the low-rank branches beside its linear layers (`lowrank.py`). Merging an adapter

@@ -13,7 +13,7 @@ def plugin_options(config: EngineConfig) -> dict[str, Any]:
     return {
         "INFERENCE_PRECISION_HINT": "f32",
         "KV_CACHE_PRECISION": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # activations stay float32 where weights are integers
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # integer weights, but float32 activations
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": config.num_threads,
