@@ -1,14 +1,18 @@
-// The low-rank branches beside linear layers, as one OpenVINO operation for all layers that share
-// their input:
+// The low-rank branches beside linear layers, as two OpenVINO operations:
 //
-//     y_l[i] += sum_j  c_j (x[i] . a_lj) b_lj        of the terms of row i's adapter
+//     h[i, j] = c_j (x[i] . a_j)                 Shrink, on the input x of one or several layers
+//     y[i] += sum_j  h[i, j] b_j                 Expand, on the product y of one of them
 //
-// A term is one column of an adapter's factors, or of the shared tail with c = -1. Its two vectors
-// are rows of the caller's memory, so nothing is copied when an adapter comes, goes or is merged;
-// the work of a step grows with the adapters of its rows and not with those that are loaded.
+// over the terms j of row i's adapter. A term is one column of an adapter's factors, or of the shared
+// tail with c = -1. Its two vectors are rows of the caller's memory, so nothing is copied when an
+// adapter comes, goes or is merged; the work of a step grows with the adapters of its rows and not
+// with those that are loaded.
 //
-// Rows with the same adapter form a unit. Units are cut into blocks; a block of one layer is one
-// task, which reads each factor once. Everything float32; sums over the input are float32 too.
+// Rows with the same adapter form a unit, which is cut into blocks; what a block needs of a factor is
+// read once. Everything float32; sums over the input are float32 too.
+//
+// Both operations have one input, and hand h over in memory of their own: the plugin then knows the
+// result's shape, that of the input, without asking, and asking costs more than the work of a step.
 
 #include <algorithm>
 #include <cstdint>
@@ -18,7 +22,7 @@
 
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
-#include <openvino/op/op.hpp>
+#include <openvino/op/util/unary_elementwise_arithmetic.hpp>
 #include <tbb/parallel_for.h>
 
 namespace kasa {
@@ -47,7 +51,20 @@ struct Step {
 // all its tokens, [1] of those whose logits are wanted.
 struct Table {
     std::vector<std::vector<std::vector<Term>>> terms;
+    std::vector<std::vector<float>> hidden;  // h of every layer, rows in the order of Step::rows
     Step steps[2];
+
+    const std::vector<Term>& of(int64_t layer, const Unit& block) const {
+        static const std::vector<Term> none;
+        return block.set < 0 ? none : terms[layer][block.set];
+    }
+
+    // Between two rows of `hidden`.
+    int64_t stride(int64_t layer, const Step& step) const {
+        size_t longest = 0;
+        for (const Unit& block : step.blocks) longest = std::max(longest, of(layer, block).size());
+        return static_cast<int64_t>(longest);
+    }
 };
 
 using Vec = float __attribute__((vector_size(64), aligned(4)));
@@ -115,41 +132,28 @@ void expand(const float* y0, float* y, int64_t first, int64_t last, const Term* 
     }
 }
 
-void run_block(const Step& step, const Unit& block, const std::vector<Term>& terms, const float* x,
-               int64_t in, const float* y0, float* y, int64_t out) {
-    const int64_t count = static_cast<int64_t>(terms.size());
-    std::vector<float> h(kRows * count);
-    for (int32_t i = 0; i < block.count; ++i)
-        shrink(x + step.rows[block.first + i] * in, in, terms.data(), count, h.data() + i * count);
-    // A strip of all b_j stays in the first cache while it serves the rows of the block.
-    for (int64_t k = 0; k < out; k += 4 * kColumns)
-        for (int32_t i = 0; i < block.count; ++i) {
-            const int64_t row = step.rows[block.first + i] * out;
-            expand(y0 + row, y + row, k, std::min(out, k + 4 * kColumns), terms.data(), count,
-                   h.data() + i * count);
-        }
+// Call task(i) for i < count, on all threads where there is enough to do.
+template <typename Task>
+void run_all(int64_t count, int64_t num_multiplications, const Task& task) {
+    if (num_multiplications < kSerial)
+        for (int64_t i = 0; i < count; ++i) task(i);
+    else
+        tbb::parallel_for(int64_t(0), count, task);
 }
 
-class LowRank : public ov::op::Op {
+// What both operations are: one float32 input with a row per token, and a result of its shape.
+class RowWise : public ov::op::util::UnaryElementwiseArithmetic {
 public:
-    OPENVINO_OP("LowRank", "kasa");
+    OPENVINO_OP("RowWise", "kasa", ov::op::util::UnaryElementwiseArithmetic);
 
-    LowRank() = default;
-    LowRank(const ov::OutputVector& arguments, int64_t table, std::vector<int64_t> layers, int64_t step)
-        : Op(arguments), table_(table), layers_(std::move(layers)), step_(step) {
-        constructor_validate_and_infer_types();
+    RowWise() = default;
+    RowWise(const ov::OutputVector& arguments, int64_t table, std::vector<int64_t> layers, int64_t step)
+        : table_(table), layers_(std::move(layers)), step_(step) {
+        set_arguments(arguments);
     }
 
-    // x (..., in), then y (..., out) of each layer
     void validate_and_infer_types() override {
-        const size_t count = get_input_size() - 1;
-        set_output_size(count);
-        for (size_t i = 0; i < count; ++i)
-            set_output_type(i, get_input_element_type(i + 1), get_input_partial_shape(i + 1));
-    }
-
-    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override {
-        return std::make_shared<LowRank>(arguments, table_, layers_, step_);
+        set_output_type(0, get_input_element_type(0), get_input_partial_shape(0));
     }
 
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
@@ -162,52 +166,105 @@ public:
     bool has_evaluate() const override { return true; }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-        const Table& table = *reinterpret_cast<const Table*>(table_);
+        Table& table = *reinterpret_cast<Table*>(table_);
         const Step& step = table.steps[step_];
-        const int64_t in = inputs[0].get_shape().back();
-        OPENVINO_ASSERT(inputs[0].get_size() == step.rows.size() * in, "want one row of x per token, got ",
-                        inputs[0].get_shape(), " for ", step.rows.size(), " tokens");
-        const float* x = inputs[0].data<const float>();
-        const size_t num_layers = layers_.size(), num_blocks = step.blocks.size();
-        int64_t work = 0;
-        for (size_t i = 0; i < num_layers; ++i) {
-            outputs[i].set_shape(inputs[i + 1].get_shape());
-            const auto& sets = table.terms[layers_[i]];
-            const int64_t out = inputs[i + 1].get_shape().back();
-            for (const Unit& block : step.blocks)
-                work += block.count * (out + (block.set < 0 ? 0 : sets[block.set].size() * (in + out)));
-        }
-        const auto task = [&](size_t index) {
-            static const std::vector<Term> none;
-            const size_t i = index % num_layers;
-            const Unit& block = step.blocks[index / num_layers];
-            const auto& terms = block.set < 0 ? none : table.terms[layers_[i]][block.set];
-            run_block(step, block, terms, x, in, inputs[i + 1].data<const float>(),
-                      outputs[i].data<float>(), inputs[i + 1].get_shape().back());
-        };
-        if (work < kSerial)
-            for (size_t i = 0; i < num_blocks * num_layers; ++i) task(i);
-        else
-            tbb::parallel_for(size_t(0), num_blocks * num_layers, task);
+        const size_t size = inputs[0].get_size(), num_rows = step.rows.size();
+        OPENVINO_ASSERT(num_rows && size % num_rows == 0, "want a row for each of ", num_rows,
+                        " tokens, got ", inputs[0].get_shape());
+        run(table, step, inputs[0].data<const float>(), outputs[0].data<float>(), num_rows,
+            size / num_rows);
         return true;
     }
 
-private:
+protected:
+    virtual void run(Table& table, const Step& step, const float* input, float* output,
+                     int64_t num_rows, int64_t width) const {}
+
     int64_t table_ = 0;
     std::vector<int64_t> layers_;
     int64_t step_ = 0;
 };
 
+class Shrink : public RowWise {
+public:
+    OPENVINO_OP("Shrink", "kasa", RowWise);
+
+    Shrink() = default;
+    Shrink(const ov::OutputVector& arguments, int64_t table, std::vector<int64_t> layers, int64_t step)
+        : RowWise(arguments, table, std::move(layers), step) {
+        constructor_validate_and_infer_types();
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override {
+        return std::make_shared<Shrink>(arguments, table_, layers_, step_);
+    }
+
+protected:
+    void run(Table& table, const Step& step, const float* x, float* copy, int64_t num_rows,
+             int64_t in) const override {
+        std::memcpy(copy, x, num_rows * in * sizeof(float));
+        int64_t work = 0;
+        std::vector<int64_t> strides;
+        for (const int64_t layer : layers_) {
+            strides.push_back(table.stride(layer, step));
+            table.hidden[layer].resize(num_rows * strides.back());
+            work += num_rows * strides.back() * in;
+        }
+        if (!work) return;
+        const int64_t num_layers = layers_.size();
+        run_all(num_layers * step.blocks.size(), work, [&](int64_t index) {
+            const int64_t layer = layers_[index % num_layers], stride = strides[index % num_layers];
+            const Unit& block = step.blocks[index / num_layers];
+            const auto& terms = table.of(layer, block);
+            for (int32_t i = block.first; i < block.first + block.count; ++i)
+                shrink(x + step.rows[i] * in, in, terms.data(), terms.size(),
+                       table.hidden[layer].data() + i * stride);
+        });
+    }
+};
+
+class Expand : public RowWise {
+public:
+    OPENVINO_OP("Expand", "kasa", RowWise);
+
+    Expand() = default;
+    Expand(const ov::OutputVector& arguments, int64_t table, std::vector<int64_t> layers, int64_t step)
+        : RowWise(arguments, table, std::move(layers), step) {
+        constructor_validate_and_infer_types();
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override {
+        return std::make_shared<Expand>(arguments, table_, layers_, step_);
+    }
+
+protected:
+    void run(Table& table, const Step& step, const float* y0, float* y, int64_t num_rows,
+             int64_t out) const override {
+        const int64_t layer = layers_[0], stride = table.stride(layer, step);
+        // A strip of all b_j stays in the first cache while it serves the rows of a block.
+        const int64_t strip = 4 * kColumns, num_strips = (out + strip - 1) / strip;
+        run_all(num_strips * step.blocks.size(), num_rows * out * (1 + stride), [&](int64_t index) {
+            const Unit& block = step.blocks[index / num_strips];
+            const int64_t first = index % num_strips * strip, last = std::min(out, first + strip);
+            const auto& terms = table.of(layer, block);
+            for (int32_t i = block.first; i < block.first + block.count; ++i)
+                expand(y0 + step.rows[i] * out, y + step.rows[i] * out, first, last, terms.data(),
+                       terms.size(), table.hidden[layer].data() + i * stride);
+        });
+    }
+};
+
 }  // namespace kasa
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
-    {std::make_shared<ov::OpExtension<kasa::LowRank>>()}));
+    {std::make_shared<ov::OpExtension<kasa::Shrink>>(), std::make_shared<ov::OpExtension<kasa::Expand>>()}));
 
 extern "C" {
 
 kasa::Table* kasa_table_new(int64_t num_layers, int64_t num_sets) {
     auto* table = new kasa::Table;
     table->terms.assign(num_layers, std::vector<std::vector<kasa::Term>>(num_sets));
+    table->hidden.resize(num_layers);
     return table;
 }
 

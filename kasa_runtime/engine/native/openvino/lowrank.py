@@ -1,5 +1,6 @@
-"""Low-rank branches beside a graph's linear layers: an operation of our own (`lowrank.cpp`), one
-for all layers that share their input, that adds to each row the terms of its adapter.
+"""Low-rank branches beside a graph's linear layers: two operations of our own
+(`lowrank.cpp`), on the input and on the product of a layer, that add to each row the terms of its
+adapter.
 
     y = x W^T + (x A^T) B^T - (x Q^T) P^T        A (r, in), B (out, r), Q (t, in), P (out, t)
 
@@ -63,18 +64,21 @@ class LowRank:
         self._table = self._native.kasa_table_new(len(linears), num_sets)
         gathered = below_logit_rows(graph, linears)
         for x, names in _by_input(linears):
-            products = [linears[name].output(0) for name in names]
-            users = [list(product.get_target_inputs()) for product in products]
-            attributes = {
-                "table": self._table,
-                "layers": [self._layers[name] for name in names],
-                "step": LOGIT_ROWS if names[0] in gathered else ALL_ROWS,
-            }
-            node = self._factory.create("LowRank", [x, *products], attributes)
-            for output, inputs in zip(node.outputs(), users, strict=True):
-                for user in inputs:
-                    user.replace_source_output(output)
+            step = LOGIT_ROWS if names[0] in gathered else ALL_ROWS
+            shrunk = self._operation("Shrink", x, names, step)
+            for name in names:
+                linears[name].input(0).replace_source_output(shrunk)
+                product = linears[name].output(0)
+                users = list(product.get_target_inputs())
+                expanded = self._operation("Expand", product, [name], step)
+                for user in users:
+                    user.replace_source_output(expanded)
         graph.validate_nodes_and_infer_types()
+
+    def _operation(self, kind: str, x: Any, names: list[str], step: int) -> Any:
+        layers = [self._layers[name] for name in names]
+        attributes = {"table": self._table, "layers": layers, "step": step}
+        return self._factory.create(kind, [x], attributes).output(0)
 
     def close(self) -> None:
         """Call when no graph with the operations is left."""
