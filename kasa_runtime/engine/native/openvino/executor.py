@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,11 @@ class OpenVinoExecutor(Executor):
         self._core = ov.Core()
         self._options = plugin_options(config)
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
-        self._low_rank = LowRank(compiled_library(), config.max_slots)
+        self._caches: dict[str, Any] = {}
+        library = compiled_library()
         model = converted(model_dir, self._core, config.quantization)
         try:
-            self._build(model)
+            self._build(model, LowRank(library, model.modules, config.max_slots))
             self._describe(model, config)
             self._caches = attention.allocate(self._pristine.compiled, self.num_blocks)
             self._give_caches(self._pristine.request)
@@ -100,9 +102,15 @@ class OpenVinoExecutor(Executor):
         missing = [name for name in adapter.modules if name not in self._shapes]
         if missing:
             raise CapacityExceeded(f"{adapter.key}: this engine cannot adapt {missing[0]}")
+        switch = self._open(adapter.modules.keys(), tails)
         self._low_rank.prepare(slot, adapter, tails)
         self._adapters[slot] = adapter
-        return lambda: self._low_rank.merge(self._merged_slot)
+
+        def commit() -> None:
+            switch()
+            self._low_rank.merge(self._merged_slot)
+
+        return commit
 
     def prepare_unload(self, slot: int) -> Commit:
         del self._adapters[slot]
@@ -114,24 +122,13 @@ class OpenVinoExecutor(Executor):
         return commit
 
     def prepare_merge(self, slot: int, tails: TailSource) -> Commit:
-        start_s = time.monotonic()
-        graph = self._pristine.graph.clone()
-        modules = self._adapters[slot].modules
-        for name, node in linears.linear_nodes(graph, modules).items():
-            delta = modules[name]
-            tail = tails.get(name, delta.t)
-            merged = merged_weight(linears.weight(node), delta.a, delta.b, tail)
-            linears.set_weight(node, merged)
-        weights = self._compile(graph)
-        self._give_caches(weights.request)
-        logger.info("compiled merged weights in %.1f s", time.monotonic() - start_s)
-        return self._switch(weights, slot)
+        return self._switch(self._merged(slot, tails), slot)
 
     def prepare_unmerge(self) -> Commit:
         return self._switch(self._pristine, NO_SLOT)
 
     def close(self) -> None:
-        del self._weights, self._pristine, self._caches, self._core
+        del self._weights, self._pristine, self._graph, self._caches, self._core
         self._low_rank.close()
 
     def weights(self) -> dict[str, Tensor]:
@@ -139,17 +136,54 @@ class OpenVinoExecutor(Executor):
         nodes = linears.linear_nodes(self._weights.graph, self._shapes)
         return {name: linears.weight(node) for name, node in nodes.items()}
 
-    def _build(self, model: ConvertedModel) -> None:
+    def _build(self, model: ConvertedModel, low_rank: LowRank) -> None:
         attention.close(model.graph, model.layers)
+        self._graph, self._low_rank = model.graph, low_rank
         nodes = linears.linear_nodes(model.graph, model.modules)
         self._shapes = {name: model.modules[name] for name in nodes}
-        self._low_rank.add(model.graph, nodes)
-        self._pristine = self._weights = self._compile(model.graph)
+        # Logits are large, and few adapters change the layer that makes them.
+        self._adaptable = nodes.keys() - linears.below_logit_rows(model.graph, nodes)
+        self._pristine = self._weights = self._compile({})
         self._merged_slot = NO_SLOT
 
-    def _compile(self, graph: Any) -> Weights:
+    def _compile(self, merged: Mapping[str, Tensor]) -> Weights:
+        """The model with these weights in the place of its own, by layer."""
+        graph = self._graph.clone()
+        nodes = linears.linear_nodes(graph, self._shapes)
+        for name, weight in merged.items():
+            linears.set_weight(nodes[name], weight)
+        self._low_rank.add(graph, {n: node for n, node in nodes.items() if n in self._adaptable})
         compiled = self._core.compile_model(graph, "CPU", self._options)
-        return Weights(graph, compiled, compiled.create_infer_request())
+        weights = Weights(graph, compiled, compiled.create_infer_request())
+        self._give_caches(weights.request)
+        return weights
+
+    def _merged(self, slot: int, tails: TailSource) -> Weights:
+        start_s = time.monotonic()
+        modules = self._adapters[slot].modules
+        merged = {}
+        for name, node in linears.linear_nodes(self._graph, modules).items():
+            delta = modules[name]
+            tail = tails.get(name, delta.t)
+            merged[name] = merged_weight(linears.weight(node), delta.a, delta.b, tail)
+        weights = self._compile(merged)
+        logger.info("compiled merged weights in %.1f s", time.monotonic() - start_s)
+        return weights
+
+    def _open(self, names: Set[str], tails: TailSource) -> Commit:
+        """Make layers adaptable that were not before: the graphs have to be compiled again."""
+        if names <= self._adaptable:
+            return lambda: None
+        self._adaptable |= names
+        slot, pristine = self._merged_slot, self._compile({})
+        weights = pristine if slot == NO_SLOT else self._merged(slot, tails)
+        switch = self._switch(weights, slot)
+
+        def commit() -> None:
+            self._pristine = pristine
+            switch()
+
+        return commit
 
     def _describe(self, model: ConvertedModel, config: EngineConfig) -> None:
         self.dtype = "float32" if config.quantization == "none" else config.quantization

@@ -11,7 +11,7 @@ touches neither a graph nor a factor.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,23 +45,21 @@ class LowRank:
     """The table of terms and the operations that read it. `prepare_*` on any thread, all else on
     the step thread."""
 
-    def __init__(self, library: Path, num_slots: int) -> None:
+    def __init__(self, library: Path, layers: Iterable[str], num_slots: int) -> None:
         self._native = _load(library)
         self._factory = NodeFactory()
         self._factory.add_extension(library)
         self._num_slots = num_slots
-        self._layers: dict[str, int] = {}  # their numbers in the table
+        self._layers = {name: number for number, name in enumerate(layers)}
         self._held: dict[int, dict[str, Factors]] = {}  # by slot
         self._merged_slot = NO_SLOT
-        self._table: Any = None
-
-    def add(self, graph: Any, linears: Mapping[str, Any]) -> None:
-        """Put the operations beside `linears`, the products by layer. Once, before all else."""
-        self._layers = {name: number for number, name in enumerate(linears)}
         # of every slot: what its rows need, and what they need while another one is merged; and
         # what the base's rows need then
-        num_sets = 2 * self._num_slots + 1
-        self._table = self._native.kasa_table_new(len(linears), num_sets)
+        num_sets = 2 * num_slots + 1
+        self._table = self._native.kasa_table_new(len(self._layers), num_sets)
+
+    def add(self, graph: Any, linears: Mapping[str, Any]) -> None:
+        """Put the operations beside `linears`, the products by layer, of a graph without any."""
         gathered = below_logit_rows(graph, linears)
         for x, names in _by_input(linears):
             step = LOGIT_ROWS if names[0] in gathered else ALL_ROWS
