@@ -185,6 +185,35 @@ protected:
     int64_t step_ = 0;
 };
 
+// The identity, which nothing is moved across: of a unary operation the plugin believes that it may
+// change places with one that only moves data, such as the choice of the rows of the logits.
+class Barrier : public ov::op::Op {
+public:
+    OPENVINO_OP("Barrier", "kasa");
+
+    Barrier() = default;
+    explicit Barrier(const ov::OutputVector& arguments) : Op(arguments) {
+        constructor_validate_and_infer_types();
+    }
+
+    void validate_and_infer_types() override {
+        set_output_type(0, get_input_element_type(0), get_input_partial_shape(0));
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override {
+        return std::make_shared<Barrier>(arguments);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor&) override { return true; }
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        outputs[0].set_shape(inputs[0].get_shape());
+        std::memcpy(outputs[0].data(), inputs[0].data(), inputs[0].get_byte_size());
+        return true;
+    }
+};
+
 class Shrink : public RowWise {
 public:
     OPENVINO_OP("Shrink", "kasa", RowWise);
@@ -257,7 +286,8 @@ protected:
 }  // namespace kasa
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
-    {std::make_shared<ov::OpExtension<kasa::Shrink>>(), std::make_shared<ov::OpExtension<kasa::Expand>>()}));
+    {std::make_shared<ov::OpExtension<kasa::Shrink>>(), std::make_shared<ov::OpExtension<kasa::Expand>>(),
+     std::make_shared<ov::OpExtension<kasa::Barrier>>()}));
 
 extern "C" {
 

@@ -30,6 +30,13 @@ ALL_ROWS, LOGIT_ROWS = 0, 1
 """Which rows of a step an operation sees."""
 
 
+RESHAPING = frozenset({"Reshape", "Squeeze", "Unsqueeze"})
+MOVING = frozenset(
+    {"Gather", "GatherElements", "GatherND", "Transpose", "Slice", "StridedSlice", "Concat"}
+    | {"Split", "VariadicSplit", "Tile", "Broadcast", "ReverseSequence"}
+)
+
+
 @dataclass(frozen=True)
 class Factors:
     """One layer's factors in one slot, rows to read: a (r, in), b (r, out), q (t, in), p (t, out).
@@ -63,6 +70,8 @@ class LowRank:
         gathered = below_logit_rows(graph, linears)
         for x, names in _by_input(linears):
             step = LOGIT_ROWS if names[0] in gathered else ALL_ROWS
+            if _moves_data(x.get_node()):
+                x = self._factory.create("Barrier", [x]).output(0)
             shrunk = self._operation("Shrink", x, names, step)
             for name in names:
                 linears[name].input(0).replace_source_output(shrunk)
@@ -146,6 +155,14 @@ def _factors(delta: ModuleDelta, tail: tuple[Tensor, Tensor] | None) -> Factors:
 
 def _rows(x: Tensor) -> Tensor:
     return x.float().contiguous()
+
+
+def _moves_data(node: Any) -> bool:
+    """Whether a node, or one that it only gives another shape, changes the places of rows or
+    features."""
+    while node.get_type_name() in RESHAPING:
+        node = node.input(0).get_source_output().get_node()
+    return node.get_type_name() in MOVING
 
 
 def _by_input(linears: Mapping[str, Any]) -> list[tuple[Any, list[str]]]:
