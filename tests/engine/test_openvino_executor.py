@@ -185,3 +185,27 @@ def test_an_adapted_output_embedding_leaves_the_tied_input_alone(tmp_path: Path)
             change()
         found = rows(executor, 9, [NO_SLOT, 0])
         assert largest(found[0], plain) < 2e-4 and largest(found[1], adapted) < 2e-4
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_adapters_on_every_layer_of_every_architecture(name: str, served_model: Any) -> None:
+    """The plugin must not move the branches to where rows have another order."""
+    model_dir = served_model(name)
+    try:
+        executor = OpenVinoExecutor(model_dir, config())
+    except ModelError as error:
+        pytest.skip(str(error))
+    base = BaseModel(model_dir)
+    tails = MemoryTails(base)
+    paths = [path for path in executor.weights() if path != "lm_head"]
+    layers = {path.rpartition(".")[2] for path in paths}
+    made = make_deltas(base, "all@1", sorted(layers), r=3, t=2, seed=4, scale=0.1).modules
+    adapter = AdapterWeights("all@1", {path: made[path] for path in paths})
+    executor.prepare_load(0, adapter, tails)()
+    parts = [SequenceSlice(5, 0, [0], NO_SLOT), SequenceSlice(9, 0, [1], 0)]
+    found = executor.run(PackedBatch.pack(prompt(5) + prompt(9), parts, [4, 9, 13])).clone()
+    plain = logits_of(load_model(model_dir), prompt(5))
+    adapted = logits_of(load_adapted(model_dir, adapter, tails), prompt(9))
+    assert largest(adapted, logits_of(load_model(model_dir), prompt(9))) > 0.05
+    want = torch.cat([plain[4:], adapted[[4, 8]]])
+    assert largest(found, want) < 2e-4 * max(1.0, float(want.std()))
