@@ -228,7 +228,12 @@ class Serving:
         self, model_dir: Path, trained: Path, prompts: list[list[int]], executor: Any
     ) -> None:
         settings = EngineConfig(
-            executor=executor, threads=1, device="cpu", dtype="float32", max_num_seqs=16
+            executor=executor,
+            threads=1,
+            device="cpu",
+            dtype="float32",
+            max_num_seqs=16,
+            prefix_caching=False,  # `_logits` writes into blocks without asking the block manager
         )
         self._prompts = prompts
         self._base = BaseModel(model_dir)

@@ -36,7 +36,7 @@ from kasa_runtime.home import kasa_home
 pytest.importorskip("openvino")
 pytest.importorskip("nncf", reason="the extra `int8` is not installed")
 
-from kasa_runtime.engine.native.openvino import compression, conversion
+from kasa_runtime.engine.native.openvino import compression, tracing
 from kasa_runtime.engine.native.openvino.executor import OpenVinoExecutor
 
 TOLERANCE = 2e-4  # float32 sums in another order, through three layers
@@ -162,7 +162,7 @@ def test_a_graph_with_other_weights_than_it_should_have_is_refused(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KASA_HOME", str(tmp_path))
-    monkeypatch.setattr(conversion, "_round_weights", lambda *_: None)
+    monkeypatch.setattr(tracing, "_round_weights", lambda *_: None)
     with pytest.raises(ModelError, match="other logits"):
         start(tiny_llama, "int8")
 

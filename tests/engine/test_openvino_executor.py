@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,16 @@ def test_auto_takes_openvino_where_it_can(
 def test_what_it_cannot_do_is_refused(changes: dict[str, str], tiny_llama: Path) -> None:
     with pytest.raises(ConfigError, match="use --executor torch"):
         make_executor(tiny_llama, config(executor="openvino", **changes))
+
+
+def test_nothing_is_reported_to_the_makers_of_openvino() -> None:
+    code = (
+        "import kasa_runtime.engine.native.openvino.tracing, nncf\n"
+        "from openvino.tools.ovc import telemetry_utils\n"
+        "print(telemetry_utils.tm.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "openvino.tools.ovc.telemetry_stub"
 
 
 # --- adapters -------------------------------------------------------------------------------------
