@@ -12,6 +12,8 @@ COPY server ./server
 RUN /opt/kasa/bin/pip install --no-cache-dir .
 
 FROM python:3.12-slim
+# The openvino executor compiles one small operation for the processor that it runs on.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --system --uid 10001 --create-home kasa \
     && mkdir -p /var/lib/kasa /adapters \
     && chown kasa:kasa /var/lib/kasa /adapters
