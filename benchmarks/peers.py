@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
         timeout_s=args.timeout,
     )
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no peer is left
     with Bench(config, systems) as bench:
         try:
             bench.measure()

@@ -24,6 +24,7 @@ from engine.making import (
     save_model,
 )
 from kasa_runtime.adapter.base import BaseModel
+from kasa_runtime.adapter.kasa import Tail
 from kasa_runtime.adapter.lora import AdapterWeights, ModuleDelta
 from kasa_runtime.engine.factory import make_executor
 from kasa_runtime.engine.native.executor import NO_SLOT, PackedBatch, SequenceSlice
@@ -174,6 +175,24 @@ def test_tails_that_differ_between_layers_and_adapters(
         assert largest(found, want[slot]) < 2e-4, adapters[slot].key
 
 
+def test_a_load_that_fails_leaves_nothing_in_its_slot(
+    tiny_llama: Path, base: BaseModel, tails: MemoryTails
+) -> None:
+    class Failing:
+        def get(self, module: str, t: int) -> Tail:
+            if module.endswith("layers.1.mlp.up_proj"):
+                raise OSError("the disk is gone")
+            return tails.get(module, t)
+
+    executor = OpenVinoExecutor(tiny_llama, config())
+    with pytest.raises(OSError, match="gone"):
+        executor.prepare_load(0, make_deltas(base, "a@1", LAYERS, r=4, t=4, seed=1), Failing())
+    other = make_deltas(base, "b@1", ("q_proj",), r=2, seed=2)
+    executor.prepare_load(0, other, tails)()
+    want = logits_of(load_adapted(tiny_llama, other, tails), prompt(9))
+    assert largest(rows(executor, 9, [0])[0], want) < 2e-4
+
+
 def test_an_adapted_output_embedding_leaves_the_tied_input_alone(tmp_path: Path) -> None:
     shape = SERVED["llama"].to_dict() | {"tie_word_embeddings": True}
     model_dir = save_model(type(SERVED["llama"])(**shape), tmp_path / "tied")
@@ -192,6 +211,8 @@ def test_an_adapted_output_embedding_leaves_the_tied_input_alone(tmp_path: Path)
     with torch.no_grad():
         hidden = model.model(input_ids=torch.tensor([prompt(9)]), use_cache=False)[0][0]
         adapted = model.lm_head(hidden) + hidden @ head.a.T @ head.b.T
+    without = PackedBatch.pack(prompt(4), [SequenceSlice(4, 0, [0], 0)], [])
+    assert executor.run(without).shape == (0, 128), "a chunk of a prompt"
     for change in (None, executor.prepare_merge(0, tails), executor.prepare_unmerge()):
         if change is not None:
             change()

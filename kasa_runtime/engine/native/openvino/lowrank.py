@@ -29,12 +29,12 @@ from kasa_runtime.engine.native.openvino.linears import below_logit_rows
 ALL_ROWS, LOGIT_ROWS = 0, 1
 """Which rows of a step an operation sees."""
 
-
 RESHAPING = frozenset({"Reshape", "Squeeze", "Unsqueeze"})
 MOVING = frozenset(
     {"Gather", "GatherElements", "GatherND", "Transpose", "Slice", "StridedSlice", "Concat"}
     | {"Split", "VariadicSplit", "Tile", "Broadcast", "ReverseSequence"}
 )
+"""What the plugin might let change places with an operation on rows."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Factors:
 
 
 class LowRank:
-    """The table of terms and the operations that read it. `prepare_*` on any thread, all else on
-    the step thread."""
+    """The table of terms and the operations that read it. `add` and `prepare` on any thread, all
+    else on the step thread."""
 
     def __init__(self, library: Path, layers: Iterable[str], num_slots: int) -> None:
         self._native = _load(library)
@@ -92,10 +92,13 @@ class LowRank:
         self._native.kasa_table_free(self._table)
 
     def prepare(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> None:
-        """Fill a slot that no row has."""
-        held = {}
-        for name, delta in adapter.modules.items():
-            held[name] = factors = _factors(delta, self._tail(name, delta.t, tails))
+        """Fill a slot that no row has; what a load that failed left in it goes."""
+        held = {
+            name: _factors(delta, self._tail(name, delta.t, tails))
+            for name, delta in adapter.modules.items()
+        }
+        self.forget(slot)
+        for name, factors in held.items():
             self._append(name, slot, factors.a, factors.b, 1.0)
             if factors.q is not None and factors.p is not None:
                 self._append(name, slot, factors.q, factors.p, -1.0)
