@@ -129,7 +129,6 @@ class OpenVinoExecutor(Executor):
 
     def close(self) -> None:
         del self._weights, self._pristine, self._graph, self._caches, self._core
-        self._low_rank.close()
 
     def weights(self) -> dict[str, Tensor]:
         """Dense copies of the weights that are served now, by layer. For tests and checks."""

@@ -11,6 +11,7 @@ touches neither a graph nor a factor.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ class LowRank:
         # what the base's rows need then
         num_sets = 2 * num_slots + 1
         self._table = self._native.kasa_table_new(len(self._layers), num_sets)
+        # With this object and not before: a load may be under way when the engine is closed.
+        weakref.finalize(self, self._native.kasa_table_free, self._table).atexit = False
 
     def add(self, graph: Any, linears: Mapping[str, Any]) -> None:
         """Put the operations beside `linears`, the products by layer, of a graph without any."""
@@ -86,10 +89,6 @@ class LowRank:
         layers = [self._layers[name] for name in names]
         attributes = {"table": self._table, "layers": layers, "step": step}
         return self._factory.create(kind, [x], attributes).output(0)
-
-    def close(self) -> None:
-        """Call when no graph with the operations is left."""
-        self._native.kasa_table_free(self._table)
 
     def prepare(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> None:
         """Fill a slot that no row has; what a load that failed left in it goes."""
