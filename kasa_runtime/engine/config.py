@@ -108,6 +108,13 @@ class EngineConfig:
     def num_threads(self) -> int:
         return self.threads or len(os.sched_getaffinity(0))
 
-    @property
-    def kv_cache_bytes(self) -> int:
-        return int(self.kv_cache_gib * 2**30)
+    def num_cache_blocks(self, block_size: int, token_bytes: int, context_length: int) -> int:
+        """Blocks of `block_size` tokens that the KV cache has, no more than all requests can fill.
+        Raises ConfigError where its memory holds none."""
+        held = int(self.kv_cache_gib * 2**30) // (token_bytes * block_size)
+        if held < 1:
+            raise ConfigError(
+                f"kv_cache_gib = {self.kv_cache_gib} holds no block of {block_size} "
+                f"tokens of {token_bytes} bytes; raise it"
+            )
+        return min(held, -(-context_length // block_size) * self.max_num_seqs)

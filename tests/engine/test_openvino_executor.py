@@ -130,6 +130,18 @@ def test_auto_takes_openvino_where_it_can(
     assert f"executor {taken}: " in caplog.text and why in caplog.text
 
 
+def test_auto_takes_torch_where_nothing_compiles(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert make_executor(tiny_llama, config(executor="auto")).name == "torch"
+    assert "no C++ compiler" in caplog.text
+    with pytest.raises(ModelError, match="apt install g\\+\\+"):
+        make_executor(tiny_llama, config(executor="openvino"))
+
+
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"device": "cuda"}])
 def test_what_it_cannot_do_is_refused(changes: dict[str, str], tiny_llama: Path) -> None:
     with pytest.raises(ConfigError, match="use --executor torch"):
@@ -175,9 +187,11 @@ def test_tails_that_differ_between_layers_and_adapters(
         assert largest(found, want[slot]) < 2e-4, adapters[slot].key
 
 
-def test_a_load_that_fails_leaves_nothing_in_its_slot(
+def test_a_load_that_fails_leaves_nothing_behind(
     tiny_llama: Path, base: BaseModel, tails: MemoryTails
 ) -> None:
+    """Neither in its slot, nor in what the graph is believed to hold."""
+
     class Failing:
         def get(self, module: str, t: int) -> Tail:
             if module.endswith("layers.1.mlp.up_proj"):
@@ -185,9 +199,10 @@ def test_a_load_that_fails_leaves_nothing_in_its_slot(
             return tails.get(module, t)
 
     executor = OpenVinoExecutor(tiny_llama, config())
+    broken = make_deltas(base, "a@1", (*LAYERS, "lm_head"), r=4, t=4, seed=1)
     with pytest.raises(OSError, match="gone"):
-        executor.prepare_load(0, make_deltas(base, "a@1", LAYERS, r=4, t=4, seed=1), Failing())
-    other = make_deltas(base, "b@1", ("q_proj",), r=2, seed=2)
+        executor.prepare_load(0, broken, Failing())
+    other = make_deltas(base, "b@1", ("q_proj", "lm_head"), r=2, seed=2)
     executor.prepare_load(0, other, tails)()
     want = logits_of(load_adapted(tiny_llama, other, tails), prompt(9))
     assert largest(rows(executor, 9, [0])[0], want) < 2e-4

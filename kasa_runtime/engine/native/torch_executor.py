@@ -247,13 +247,7 @@ class TorchExecutor(Executor):
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         token_bytes = 2 * self.num_layers * heads * head_dim * self._model.dtype.itemsize
-        wanted = -(-self.context_length // self.block_size) * config.max_num_seqs
-        self.num_blocks = min(config.kv_cache_bytes // (token_bytes * self.block_size), wanted)
-        if self.num_blocks < 1:
-            raise ConfigError(
-                f"kv_cache_gib = {config.kv_cache_gib} holds no block of {self.block_size} "
-                f"tokens of {token_bytes} bytes; raise it"
-            )
+        self.num_blocks = config.num_cache_blocks(self.block_size, token_bytes, self.context_length)
         shape = ((self.num_blocks + 1) * self.block_size, heads, head_dim)
 
         def zeros() -> list[Tensor]:

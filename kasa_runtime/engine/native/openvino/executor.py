@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openvino as ov
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ from kasa_runtime.engine.native.openvino.lowrank import LowRank
 from kasa_runtime.engine.native.openvino.native import compiled_library
 from kasa_runtime.engine.native.openvino.settings import plugin_options, require_float32_on_cpu
 from kasa_runtime.engine.native.probe import require_split_prompts
-from kasa_runtime.errors import CapacityExceeded, ConfigError, KasaError, ModelError
+from kasa_runtime.errors import CapacityExceeded, KasaError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ class OpenVinoExecutor(Executor):
         return commit
 
     def prepare_merge(self, slot: int, tails: TailSource) -> Commit:
-        return self._switch(self._merged(slot, tails), slot)
+        return self._switch(self._merged(slot, tails, self._adaptable), slot)
 
     def prepare_unmerge(self) -> Commit:
         return self._switch(self._pristine, NO_SLOT)
@@ -142,22 +141,22 @@ class OpenVinoExecutor(Executor):
         self._shapes = {name: model.modules[name] for name in nodes}
         # Logits are large, and few adapters change the layer that makes them.
         self._adaptable = nodes.keys() - linears.below_logit_rows(model.graph, nodes)
-        self._pristine = self._weights = self._compile({})
+        self._pristine = self._weights = self._compile({}, self._adaptable)
         self._merged_slot = NO_SLOT
 
-    def _compile(self, merged: Mapping[str, Tensor]) -> Weights:
+    def _compile(self, merged: Mapping[str, Tensor], adaptable: Set[str]) -> Weights:
         """The model with these weights in the place of its own, by layer."""
         graph = self._graph.clone()
         nodes = linears.linear_nodes(graph, self._shapes)
         for name, weight in merged.items():
             linears.set_weight(nodes[name], weight)
-        self._low_rank.add(graph, {n: node for n, node in nodes.items() if n in self._adaptable})
+        self._low_rank.add(graph, {n: node for n, node in nodes.items() if n in adaptable})
         compiled = self._core.compile_model(graph, "CPU", self._options)
         weights = Weights(graph, compiled, compiled.create_infer_request())
         self._give_caches(weights.request)
         return weights
 
-    def _merged(self, slot: int, tails: TailSource) -> Weights:
+    def _merged(self, slot: int, tails: TailSource, adaptable: Set[str]) -> Weights:
         start_s = time.monotonic()
         modules = self._adapters[slot].modules
         merged = {}
@@ -165,7 +164,7 @@ class OpenVinoExecutor(Executor):
             delta = modules[name]
             tail = tails.get(name, delta.t)
             merged[name] = merged_weight(linears.weight(node), delta.a, delta.b, tail)
-        weights = self._compile(merged)
+        weights = self._compile(merged, adaptable)
         logger.info("compiled merged weights in %.1f s", time.monotonic() - start_s)
         return weights
 
@@ -173,13 +172,13 @@ class OpenVinoExecutor(Executor):
         """Make layers adaptable that were not before: the graphs have to be compiled again."""
         if names <= self._adaptable:
             return lambda: None
-        self._adaptable |= names
-        slot, pristine = self._merged_slot, self._compile({})
-        weights = pristine if slot == NO_SLOT else self._merged(slot, tails)
+        adaptable = self._adaptable | names
+        slot, pristine = self._merged_slot, self._compile({}, adaptable)
+        weights = pristine if slot == NO_SLOT else self._merged(slot, tails, adaptable)
         switch = self._switch(weights, slot)
 
         def commit() -> None:
-            self._pristine = pristine
+            self._adaptable, self._pristine = adaptable, pristine
             switch()
 
         return commit
@@ -193,14 +192,8 @@ class OpenVinoExecutor(Executor):
         self.eos_ids = model.info.eos_ids
         shapes = list(attention.block_shapes(self._pristine.compiled).values())
         [self.block_size] = {tokens for _, tokens, _ in shapes}
-        block_bytes = 4 * sum(int(np.prod(shape)) for shape in shapes)
-        wanted = -(-self.context_length // self.block_size) * config.max_num_seqs
-        self.num_blocks = min(config.kv_cache_bytes // block_bytes, wanted)
-        if self.num_blocks < 1:
-            raise ConfigError(
-                f"kv_cache_gib = {config.kv_cache_gib} holds no block of {self.block_size} "
-                f"tokens of {block_bytes // self.block_size} bytes; raise it"
-            )
+        token_bytes = 4 * sum(heads * dim for heads, _, dim in shapes)
+        self.num_blocks = config.num_cache_blocks(self.block_size, token_bytes, self.context_length)
 
     def _require_parity(self, model: ConvertedModel) -> None:
         """Raises ModelError where the graph's logits are not those of transformers: a trace keeps
