@@ -41,7 +41,14 @@ def test_a_step_must_have_a_token_for_every_request() -> None:
 def test_derived_values() -> None:
     assert EngineConfig(threads=3).num_threads == 3
     assert EngineConfig().num_threads == len(os.sched_getaffinity(0))
-    assert EngineConfig(kv_cache_gib=0.5).kv_cache_bytes == 2**29
+
+
+def test_the_cache_holds_what_fits_and_no_more_than_requests_can_fill() -> None:
+    config = EngineConfig(kv_cache_gib=2**-10, max_num_seqs=2)
+    assert config.num_cache_blocks(16, 2**10, context_length=10**6) == 64
+    assert config.num_cache_blocks(16, 2**10, context_length=33) == 2 * 3
+    with pytest.raises(ConfigError, match="kv_cache_gib.* holds no block of 16 tokens"):
+        config.num_cache_blocks(16, 2**20, context_length=33)
 
 
 def test_slots_are_taken_lowest_first_and_reused() -> None:
