@@ -47,7 +47,7 @@ def test_the_cache_holds_what_fits_and_no_more_than_requests_can_fill() -> None:
     config = EngineConfig(kv_cache_gib=2**-10, max_num_seqs=2)
     assert config.num_cache_blocks(16, 2**10, context_length=10**6) == 64
     assert config.num_cache_blocks(16, 2**10, context_length=33) == 2 * 3
-    with pytest.raises(ConfigError, match="kv_cache_gib.* holds no block of 16 tokens"):
+    with pytest.raises(ConfigError, match="holds no block of 16 tokens"):
         config.num_cache_blocks(16, 2**20, context_length=33)
 
 
