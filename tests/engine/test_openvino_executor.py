@@ -257,3 +257,21 @@ def test_adapters_on_every_layer_of_every_architecture(name: str, served_model: 
     assert largest(adapted, logits_of(load_model(model_dir), prompt(9))) > 0.05
     want = torch.cat([plain[4:], adapted[[4, 8]]])
     assert largest(found, want) < 2e-4 * max(1.0, float(want.std()))
+
+
+def test_signals_arrive_after_an_executor_went_on_another_thread(tiny_llama: Path) -> None:
+    program = f"""
+import os, signal, threading
+from pathlib import Path
+from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.engine.native.openvino.executor import OpenVinoExecutor
+
+signal.signal(signal.SIGTERM, lambda *_: print("arrived", flush=True))
+held = [OpenVinoExecutor(Path({str(tiny_llama)!r}), EngineConfig(kv_cache_gib=0.01))]
+unload = threading.Thread(target=held.clear)
+unload.start()
+unload.join()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "arrived\n"), ended.stderr

@@ -23,6 +23,7 @@ from kasa_runtime.adapter.kasa import merged_weight
 from kasa_runtime.adapter.lora import AdapterWeights
 from kasa_runtime.background import set_torch_threads
 from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.engine.native import huge_pages
 from kasa_runtime.engine.native.executor import (
     NO_SLOT,
     Commit,
@@ -35,7 +36,11 @@ from kasa_runtime.engine.native.openvino import attention, linears
 from kasa_runtime.engine.native.openvino.conversion import ConvertedModel, converted
 from kasa_runtime.engine.native.openvino.lowrank import LowRank
 from kasa_runtime.engine.native.openvino.native import compiled_library
-from kasa_runtime.engine.native.openvino.settings import plugin_options, require_float32_on_cpu
+from kasa_runtime.engine.native.openvino.settings import (
+    core,
+    plugin_options,
+    require_float32_on_cpu,
+)
 from kasa_runtime.engine.native.probe import require_split_prompts
 from kasa_runtime.errors import CapacityExceeded, KasaError, ModelError
 
@@ -62,7 +67,7 @@ class OpenVinoExecutor(Executor):
     def __init__(self, model_dir: Path, config: EngineConfig) -> None:
         require_float32_on_cpu(config)
         set_torch_threads(1)  # for sampling alone: a second pool would spin beside OpenVINO's
-        self._core = ov.Core()
+        self._core = core()
         self._options = plugin_options(config)
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
         self._caches: dict[str, Any] = {}
@@ -82,6 +87,7 @@ class OpenVinoExecutor(Executor):
                 f"{model.info.architecture} does not run on OpenVINO {ov.__version__}: {error}; "
                 "use --executor torch"
             ) from error
+        huge_pages.collapse_in_background()
 
     def run(self, batch: PackedBatch) -> Tensor:
         self._low_rank.begin(batch)
@@ -127,7 +133,7 @@ class OpenVinoExecutor(Executor):
         return self._switch(self._pristine, NO_SLOT)
 
     def close(self) -> None:
-        del self._weights, self._pristine, self._graph, self._caches, self._core
+        del self._weights, self._pristine, self._graph, self._caches
 
     def weights(self) -> dict[str, Tensor]:
         """Dense copies of the weights that are served now, by layer. For tests and checks."""
@@ -165,6 +171,7 @@ class OpenVinoExecutor(Executor):
             tail = tails.get(name, delta.t)
             merged[name] = merged_weight(linears.weight(node), delta.a, delta.b, tail)
         weights = self._compile(merged, adaptable)
+        huge_pages.collapse()
         logger.info("compiled merged weights in %.1f s", time.monotonic() - start_s)
         return weights
 

@@ -1,11 +1,22 @@
-"""What the engine's settings mean to OpenVINO's CPU plugin."""
+"""OpenVINO's CPU plugin, and what the engine's settings mean to it."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
+
+import openvino as ov
 
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import ConfigError
+
+
+@cache
+def core() -> Any:
+    """The process's only `ov.Core`. The plugin gives the thread that loads it an alternate signal
+    stack, and takes that memory away when it is unloaded, which may be on another thread: the next
+    signal then ends the process. So it is never unloaded."""
+    return ov.Core()
 
 
 def plugin_options(config: EngineConfig) -> dict[str, Any]:
