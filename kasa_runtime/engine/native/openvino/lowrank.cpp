@@ -1,7 +1,9 @@
-// The low-rank branches beside linear layers, as two OpenVINO operations:
+// The low-rank branches beside linear layers, as OpenVINO operations:
 //
 //     h[i, j] = c_j (x[i] . a_j)                 Shrink, on the input x of one or several layers
 //     y[i] += sum_j  h[i, j] b_j                 Expand, on the product y of one of them
+//     y[i] += z[i] + sum_j  h[i, j] b_j          ExpandAdd: and the residual stream
+//     silu(y[i]) y'[i]                           ExpandGated: of two layers, and Shrink for the next one
 //
 // over the terms j of row i's adapter. A term is one column of an adapter's factors, or of the shared
 // tail with c = -1. Its two vectors are rows of the caller's memory, so nothing is copied when an
@@ -11,8 +13,9 @@
 // Rows with the same adapter form a unit, which is cut into blocks; what a block needs of a factor is
 // read once. Everything float32; sums over the input are float32 too.
 //
-// Both operations have one input, and hand h over in memory of their own: the plugin then knows the
-// result's shape, that of the input, without asking, and asking costs more than the work of a step.
+// h is handed over in memory of its own: all operations then are elementwise to the plugin, which
+// knows the results' shapes without asking, and asking costs more than the work of a step. What they
+// do beside the terms spares a pass over y, and the operations that would do it.
 
 #include <algorithm>
 #include <cstdint>
@@ -22,6 +25,7 @@
 
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
+#include <openvino/op/util/binary_elementwise_arithmetic.hpp>
 #include <openvino/op/util/unary_elementwise_arithmetic.hpp>
 #include <tbb/parallel_for.h>
 
@@ -29,6 +33,8 @@ namespace kasa {
 
 constexpr int64_t kRows = 16;     // of a block
 constexpr int64_t kColumns = 64;  // outputs that are summed in registers
+constexpr int64_t kStrip = 4 * kColumns;
+constexpr int64_t kGate = 20;  // what an activation costs in multiplications
 constexpr int64_t kSerial = 1 << 15;  // multiplications below which threads cost more than they save
 
 struct Term {
@@ -69,25 +75,29 @@ struct Table {
 
 using Vec = float __attribute__((vector_size(64), aligned(4)));
 
+inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
+inline void store(float* to, Vec v) { *reinterpret_cast<Vec*>(to) = v; }
+
 inline float sum(Vec v) {
     float total = 0;
     for (int i = 0; i < 16; ++i) total += v[i];
     return total;
 }
 
-// h[j] = c_j (x . a_j) for `count` terms
-void shrink(const float* x, int64_t in, const Term* terms, int64_t count, float* h) {
+// h[j] = c_j (x . a_j)
+void shrink(const float* x, int64_t in, const std::vector<Term>& terms, float* h) {
+    const int64_t count = terms.size();
     int64_t j = 0;
     for (; j + 4 <= count; j += 4) {
         const float *a0 = terms[j].a, *a1 = terms[j + 1].a, *a2 = terms[j + 2].a, *a3 = terms[j + 3].a;
         Vec s0{}, s1{}, s2{}, s3{};
         int64_t k = 0;
         for (; k + 16 <= in; k += 16) {
-            const Vec v = *reinterpret_cast<const Vec*>(x + k);
-            s0 += v * *reinterpret_cast<const Vec*>(a0 + k);
-            s1 += v * *reinterpret_cast<const Vec*>(a1 + k);
-            s2 += v * *reinterpret_cast<const Vec*>(a2 + k);
-            s3 += v * *reinterpret_cast<const Vec*>(a3 + k);
+            const Vec v = load(x + k);
+            s0 += v * load(a0 + k);
+            s1 += v * load(a1 + k);
+            s2 += v * load(a2 + k);
+            s3 += v * load(a3 + k);
         }
         float t0 = sum(s0), t1 = sum(s1), t2 = sum(s2), t3 = sum(s3);
         for (; k < in; ++k) {
@@ -104,32 +114,56 @@ void shrink(const float* x, int64_t in, const Term* terms, int64_t count, float*
     for (; j < count; ++j) {
         Vec s{};
         int64_t k = 0;
-        for (; k + 16 <= in; k += 16)
-            s += *reinterpret_cast<const Vec*>(x + k) * *reinterpret_cast<const Vec*>(terms[j].a + k);
+        for (; k + 16 <= in; k += 16) s += load(x + k) * load(terms[j].a + k);
         float t = sum(s);
         for (; k < in; ++k) t += x[k] * terms[j].a[k];
         h[j] = terms[j].c * t;
     }
 }
 
-// y = y0 + sum_j h[j] b_j over the outputs [first, last)
-void expand(const float* y0, float* y, int64_t first, int64_t last, const Term* terms, int64_t count,
+// y[k - first] = y0[k] + sum_j h[j] b_j[k] for first <= k < last
+void expand(const float* y0, float* y, int64_t first, int64_t last, const std::vector<Term>& terms,
             const float* h) {
     int64_t k = first;
     for (; k + kColumns <= last; k += kColumns) {
         Vec s[4];
-        for (int v = 0; v < 4; ++v) s[v] = *reinterpret_cast<const Vec*>(y0 + k + 16 * v);
-        for (int64_t j = 0; j < count; ++j) {
-            const float* b = terms[j].b + k;
-            for (int v = 0; v < 4; ++v) s[v] += h[j] * *reinterpret_cast<const Vec*>(b + 16 * v);
-        }
-        for (int v = 0; v < 4; ++v) *reinterpret_cast<Vec*>(y + k + 16 * v) = s[v];
+        for (int v = 0; v < 4; ++v) s[v] = load(y0 + k + 16 * v);
+        for (size_t j = 0; j < terms.size(); ++j)
+            for (int v = 0; v < 4; ++v) s[v] += h[j] * load(terms[j].b + k + 16 * v);
+        for (int v = 0; v < 4; ++v) store(y + k - first + 16 * v, s[v]);
     }
     for (; k < last; ++k) {
         float total = y0[k];
-        for (int64_t j = 0; j < count; ++j) total += h[j] * terms[j].b[k];
-        y[k] = total;
+        for (size_t j = 0; j < terms.size(); ++j) total += h[j] * terms[j].b[k];
+        y[k - first] = total;
     }
+}
+
+// e^x for every x <= 0, within 2 units in the last place; 0 below -87.
+inline Vec exp_negative(Vec x) {
+    using Int = int32_t __attribute__((vector_size(64)));
+    x = x < -87.0f ? Vec{} - 87.0f : x;
+    const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 2^23: rounds to an integer
+    const Vec n = shifted - 12582912.0f;
+    const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vec p = Vec{} + 1.9875691500e-4f;
+    for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                          5.0000001201e-1f, 1.0f, 1.0f})
+        p = p * r + c;
+    return p * (Vec)((__builtin_convertvector(n, Int) + 127) << 23);
+}
+
+// x / (1 + e^-x), with e^-|x| so that nothing overflows
+inline Vec silu(Vec x) {
+    const Vec e = exp_negative(x < 0.0f ? x : -x);
+    return x * (x < 0.0f ? e : Vec{} + 1.0f) / (1.0f + e);
+}
+
+// out = silu(gate) up
+void gated(const float* gate, const float* up, float* out, int64_t count) {
+    int64_t k = 0;
+    for (; k + 16 <= count; k += 16) store(out + k, silu(load(gate + k)) * load(up + k));
+    for (; k < count; ++k) out[k] = silu(Vec{} + gate[k])[0] * up[k];
 }
 
 // Call task(i) for i < count, on all threads where there is enough to do.
@@ -141,24 +175,71 @@ void run_all(int64_t count, int64_t num_multiplications, const Task& task) {
         tbb::parallel_for(int64_t(0), count, task);
 }
 
-// What both operations are: one float32 input with a row per token, and a result of its shape.
-class RowWise : public ov::op::util::UnaryElementwiseArithmetic {
-public:
-    OPENVINO_OP("RowWise", "kasa", ov::op::util::UnaryElementwiseArithmetic);
+// Call task(block, first, last) for all blocks and strips of the `width` columns. All b_j of a strip
+// stay in the first cache while it serves the rows of a block.
+template <typename Task>
+void run_strips(const Step& step, int64_t width, int64_t num_multiplications, const Task& task) {
+    const int64_t num_strips = (width + kStrip - 1) / kStrip;
+    run_all(num_strips * step.blocks.size(), num_multiplications, [&](int64_t index) {
+        const int64_t first = index % num_strips * kStrip;
+        task(step.blocks[index / num_strips], first, std::min(width, first + kStrip));
+    });
+}
 
+// Fill `hidden` of the layers that read x (num_rows, in).
+void shrink_all(Table& table, const Step& step, const std::vector<int64_t>& layers, const float* x,
+                int64_t num_rows, int64_t in) {
+    int64_t work = 0;
+    std::vector<int64_t> strides;
+    for (const int64_t layer : layers) {
+        strides.push_back(table.stride(layer, step));
+        table.hidden[layer].resize(num_rows * strides.back());
+        work += num_rows * strides.back() * in;
+    }
+    if (!work) return;
+    const int64_t num_layers = layers.size();
+    run_all(num_layers * step.blocks.size(), work, [&](int64_t index) {
+        const int64_t layer = layers[index % num_layers], stride = strides[index % num_layers];
+        const Unit& block = step.blocks[index / num_layers];
+        for (int32_t i = block.first; i < block.first + block.count; ++i)
+            shrink(x + step.rows[i] * in, in, table.of(layer, block),
+                   table.hidden[layer].data() + i * stride);
+    });
+}
+
+struct One : ov::op::util::UnaryElementwiseArithmetic {
+    OPENVINO_OP("One", "kasa", ov::op::util::UnaryElementwiseArithmetic);
+};
+
+struct Two : ov::op::util::BinaryElementwiseArithmetic {
+    OPENVINO_OP("Two", "kasa", ov::op::util::BinaryElementwiseArithmetic);
+    Two() : BinaryElementwiseArithmetic(ov::op::AutoBroadcastType::NUMPY) {}
+};
+
+// What the operations are: float32 inputs of one shape, a row per token, and a result of this shape.
+// Derived gives `run`, Inputs says how many there are.
+template <typename Derived, typename Inputs>
+class RowWise : public Inputs {
+public:
     RowWise() = default;
-    RowWise(const ov::OutputVector& arguments, int64_t table, std::vector<int64_t> layers, int64_t step)
-        : table_(table), layers_(std::move(layers)), step_(step) {
-        set_arguments(arguments);
+    RowWise(const ov::OutputVector& arguments, const RowWise& like)
+        : table_(like.table_), layers_(like.layers_), next_(like.next_), step_(like.step_) {
+        this->set_arguments(arguments);
+        this->constructor_validate_and_infer_types();
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override {
+        return std::make_shared<Derived>(arguments, *this);
     }
 
     void validate_and_infer_types() override {
-        set_output_type(0, get_input_element_type(0), get_input_partial_shape(0));
+        this->set_output_type(0, this->get_input_element_type(0), this->get_input_partial_shape(0));
     }
 
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
         visitor.on_attribute("table", table_);
         visitor.on_attribute("layers", layers_);
+        visitor.on_attribute("next", next_);
         visitor.on_attribute("step", step_);
         return true;
     }
@@ -172,17 +253,20 @@ public:
         if (size == 0) return true;  // no logits are wanted
         OPENVINO_ASSERT(num_rows && size % num_rows == 0, "want a row for each of ", num_rows,
                         " tokens, got ", inputs[0].get_shape());
-        run(table, step, inputs[0].data<const float>(), outputs[0].data<float>(), num_rows,
-            size / num_rows);
+        std::vector<const float*> rows;
+        for (const ov::Tensor& input : inputs) {
+            OPENVINO_ASSERT(input.get_size() == size, "want inputs of one shape, got ",
+                            inputs[0].get_shape(), " and ", input.get_shape());
+            rows.push_back(input.data<const float>());
+        }
+        static_cast<const Derived*>(this)->run(table, step, rows, outputs[0].data<float>(), num_rows,
+                                               size / num_rows);
         return true;
     }
 
 protected:
-    virtual void run(Table& table, const Step& step, const float* input, float* output,
-                     int64_t num_rows, int64_t width) const {}
-
     int64_t table_ = 0;
-    std::vector<int64_t> layers_;
+    std::vector<int64_t> layers_, next_;  // next_: those that read the result
     int64_t step_ = 0;
 };
 
@@ -215,72 +299,76 @@ public:
     }
 };
 
-class Shrink : public RowWise {
+class Shrink : public RowWise<Shrink, One> {
 public:
-    OPENVINO_OP("Shrink", "kasa", RowWise);
+    OPENVINO_OP("Shrink", "kasa", One);
+    using RowWise::RowWise;
 
-    Shrink() = default;
-    Shrink(const ov::OutputVector& arguments, int64_t table, std::vector<int64_t> layers, int64_t step)
-        : RowWise(arguments, table, std::move(layers), step) {
-        constructor_validate_and_infer_types();
+    void run(Table& table, const Step& step, const std::vector<const float*>& inputs, float* copy,
+             int64_t num_rows, int64_t in) const {
+        std::memcpy(copy, inputs[0], num_rows * in * sizeof(float));
+        shrink_all(table, step, layers_, copy, num_rows, in);
     }
+};
 
-    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override {
-        return std::make_shared<Shrink>(arguments, table_, layers_, step_);
-    }
+class Expand : public RowWise<Expand, One> {
+public:
+    OPENVINO_OP("Expand", "kasa", One);
+    using RowWise::RowWise;
 
-protected:
-    void run(Table& table, const Step& step, const float* x, float* copy, int64_t num_rows,
-             int64_t in) const override {
-        std::memcpy(copy, x, num_rows * in * sizeof(float));
-        int64_t work = 0;
-        std::vector<int64_t> strides;
-        for (const int64_t layer : layers_) {
-            strides.push_back(table.stride(layer, step));
-            table.hidden[layer].resize(num_rows * strides.back());
-            work += num_rows * strides.back() * in;
-        }
-        if (!work) return;
-        const int64_t num_layers = layers_.size();
-        run_all(num_layers * step.blocks.size(), work, [&](int64_t index) {
-            const int64_t layer = layers_[index % num_layers], stride = strides[index % num_layers];
-            const Unit& block = step.blocks[index / num_layers];
-            const auto& terms = table.of(layer, block);
+    void run(Table& table, const Step& step, const std::vector<const float*>& inputs, float* y,
+             int64_t num_rows, int64_t out) const {
+        const int64_t layer = layers_[0], stride = table.stride(layer, step);
+        const float *y0 = inputs[0], *h = table.hidden[layer].data();
+        run_strips(step, out, num_rows * out * (1 + stride), [&](const Unit& block, int64_t first, int64_t last) {
             for (int32_t i = block.first; i < block.first + block.count; ++i)
-                shrink(x + step.rows[i] * in, in, terms.data(), terms.size(),
-                       table.hidden[layer].data() + i * stride);
+                expand(y0 + step.rows[i] * out, y + step.rows[i] * out + first, first, last,
+                       table.of(layer, block), h + i * stride);
         });
     }
 };
 
-class Expand : public RowWise {
+class ExpandAdd : public RowWise<ExpandAdd, Two> {
 public:
-    OPENVINO_OP("Expand", "kasa", RowWise);
+    OPENVINO_OP("ExpandAdd", "kasa", Two);
+    using RowWise::RowWise;
 
-    Expand() = default;
-    Expand(const ov::OutputVector& arguments, int64_t table, std::vector<int64_t> layers, int64_t step)
-        : RowWise(arguments, table, std::move(layers), step) {
-        constructor_validate_and_infer_types();
-    }
-
-    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override {
-        return std::make_shared<Expand>(arguments, table_, layers_, step_);
-    }
-
-protected:
-    void run(Table& table, const Step& step, const float* y0, float* y, int64_t num_rows,
-             int64_t out) const override {
+    void run(Table& table, const Step& step, const std::vector<const float*>& inputs, float* y,
+             int64_t num_rows, int64_t out) const {
         const int64_t layer = layers_[0], stride = table.stride(layer, step);
-        // A strip of all b_j stays in the first cache while it serves the rows of a block.
-        const int64_t strip = 4 * kColumns, num_strips = (out + strip - 1) / strip;
-        run_all(num_strips * step.blocks.size(), num_rows * out * (1 + stride), [&](int64_t index) {
-            const Unit& block = step.blocks[index / num_strips];
-            const int64_t first = index % num_strips * strip, last = std::min(out, first + strip);
-            const auto& terms = table.of(layer, block);
-            for (int32_t i = block.first; i < block.first + block.count; ++i)
-                expand(y0 + step.rows[i] * out, y + step.rows[i] * out, first, last, terms.data(),
-                       terms.size(), table.hidden[layer].data() + i * stride);
+        const float *y0 = inputs[0], *z = inputs[1], *h = table.hidden[layer].data();
+        run_strips(step, out, num_rows * out * (1 + stride), [&](const Unit& block, int64_t first, int64_t last) {
+            for (int32_t i = block.first; i < block.first + block.count; ++i) {
+                const int64_t row = step.rows[i] * out;
+                expand(y0 + row, y + row + first, first, last, table.of(layer, block), h + i * stride);
+                for (int64_t k = first; k < last; ++k) y[row + k] += z[row + k];
+            }
         });
+    }
+};
+
+class ExpandGated : public RowWise<ExpandGated, Two> {
+public:
+    OPENVINO_OP("ExpandGated", "kasa", Two);
+    using RowWise::RowWise;
+
+    void run(Table& table, const Step& step, const std::vector<const float*>& inputs, float* y,
+             int64_t num_rows, int64_t out) const {
+        const int64_t gate = layers_[0], up = layers_[1];
+        const int64_t strides[] = {table.stride(gate, step), table.stride(up, step)};
+        const float* h[] = {table.hidden[gate].data(), table.hidden[up].data()};
+        const int64_t work = num_rows * out * (kGate + strides[0] + strides[1]);
+        run_strips(step, out, work, [&](const Unit& block, int64_t first, int64_t last) {
+            float strip[2][kStrip];
+            for (int32_t i = block.first; i < block.first + block.count; ++i) {
+                const int64_t row = step.rows[i] * out;
+                for (int k = 0; k < 2; ++k)
+                    expand(inputs[k] + row, strip[k], first, last, table.of(layers_[k], block),
+                           h[k] + i * strides[k]);
+                gated(strip[0], strip[1], y + row + first, last - first);
+            }
+        });
+        shrink_all(table, step, next_, y, num_rows, out);
     }
 };
 
@@ -288,6 +376,8 @@ protected:
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
     {std::make_shared<ov::OpExtension<kasa::Shrink>>(), std::make_shared<ov::OpExtension<kasa::Expand>>(),
+     std::make_shared<ov::OpExtension<kasa::ExpandAdd>>(),
+     std::make_shared<ov::OpExtension<kasa::ExpandGated>>(),
      std::make_shared<ov::OpExtension<kasa::Barrier>>()}));
 
 extern "C" {

@@ -1,6 +1,6 @@
-"""Low-rank branches beside a graph's linear layers: two operations of our own
-(`lowrank.cpp`), on the input and on the product of a layer, that add to each row the terms of its
-adapter.
+"""Low-rank branches beside a graph's linear layers: operations of our own (`lowrank.cpp`), on the
+input and on the product of a layer, that add to each row the terms of its adapter. Where a product
+goes into a residual sum or a gated activation alone, the operation does this too.
 
     y = x W^T + (x A^T) B^T - (x Q^T) P^T        A (r, in), B (out, r), Q (t, in), P (out, t)
 
@@ -69,26 +69,56 @@ class LowRank:
         weakref.finalize(self, self._native.kasa_table_free, self._table).atexit = False
 
     def add(self, graph: Any, linears: Mapping[str, Any]) -> None:
-        """Put the operations beside `linears`, the products by layer, of a graph without any."""
+        """Put the operations beside `linears`, the products by layer in the order of the graph,
+        which has none yet."""
         gathered = below_logit_rows(graph, linears)
-        for x, names in _by_input(linears):
+        groups = _by_input(linears)
+        shrunk: set[str] = set()
+        for names in groups:
             step = LOGIT_ROWS if names[0] in gathered else ALL_ROWS
-            if _moves_data(x.get_node()):
-                x = self._factory.create("Barrier", [x]).output(0)
-            shrunk = self._operation("Shrink", x, names, step)
-            for name in names:
-                linears[name].input(0).replace_source_output(shrunk)
-                product = linears[name].output(0)
-                users = list(product.get_target_inputs())
-                expanded = self._operation("Expand", product, [name], step)
-                for user in users:
-                    user.replace_source_output(expanded)
+            if names[0] not in shrunk:
+                self._add_shrink([linears[name] for name in names], names, step)
+            rest = list(names)
+            if pair := _gated_pair({name: linears[name] for name in names}):
+                gate, up, activated = pair
+                reading = _readers(activated, groups, linears)
+                shrunk.update(reading)
+                inputs = [_biased(linears[name]) for name in (gate, up)]
+                new = self._operation("ExpandGated", inputs, [gate, up], step, reading)
+                _replace(activated, new)
+                rest = [name for name in names if name not in (gate, up)]
+            for name in rest:
+                self._add_expand(_biased(linears[name]), name, step)
         graph.validate_nodes_and_infer_types()
 
-    def _operation(self, kind: str, x: Any, names: list[str], step: int) -> Any:
-        layers = [self._layers[name] for name in names]
-        attributes = {"table": self._table, "layers": layers, "step": step}
-        return self._factory.create(kind, [x], attributes).output(0)
+    def _add_shrink(self, readers: list[Any], names: list[str], step: int) -> None:
+        x = readers[0].input(0).get_source_output()
+        if _moves_data(x.get_node()):
+            x = self._factory.create("Barrier", [x]).output(0)
+        shrunk = self._operation("Shrink", [x], names, step)
+        for reader in readers:
+            reader.input(0).replace_source_output(shrunk)
+
+    def _add_expand(self, product: Any, name: str, step: int) -> None:
+        if residual := _residual_sum(product):
+            total, other = residual
+            _replace(total, self._operation("ExpandAdd", [product, other], [name], step))
+            return
+        users = product.get_target_inputs()
+        new = self._operation("Expand", [product], [name], step)
+        for user in users:
+            user.replace_source_output(new)
+
+    def _operation(
+        self, kind: str, inputs: list[Any], names: list[str], step: int, reading: Iterable[str] = ()
+    ) -> Any:
+        attributes = {
+            "table": self._table,
+            "layers": [self._layers[name] for name in names],
+            "next": [self._layers[name] for name in reading],
+            "step": step,
+        }
+        return self._factory.create(kind, inputs, attributes).output(0)
 
     def prepare(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> None:
         """Fill a slot that no row has; what a load that failed left in it goes."""
@@ -167,7 +197,7 @@ def _moves_data(node: Any) -> bool:
     return node.get_type_name() in MOVING
 
 
-def _by_input(linears: Mapping[str, Any]) -> list[tuple[Any, list[str]]]:
+def _by_input(linears: Mapping[str, Any]) -> list[list[str]]:
     """Layers that read the same output, in order."""
     groups: list[tuple[Any, list[str]]] = []
     for name, node in linears.items():
@@ -176,7 +206,79 @@ def _by_input(linears: Mapping[str, Any]) -> list[tuple[Any, list[str]]]:
             groups[-1][1].append(name)
         else:
             groups.append((x, [name]))
-    return groups
+    return [names for _, names in groups]
+
+
+def _readers(x: Any, groups: list[list[str]], linears: Mapping[str, Any]) -> list[str]:
+    """The layers that read `x`, if nothing else does."""
+    for names in groups:
+        if linears[names[0]].input(0).get_source_output() == x:
+            return names if len(x.get_target_inputs()) == len(names) else []
+    return []
+
+
+def _only_user(output: Any) -> Any:
+    """The node that alone reads an output, once; None where there are others."""
+    users = list(output.get_target_inputs())
+    return users[0].get_node() if len(users) == 1 else None
+
+
+def _other_input(node: Any, output: Any) -> Any:
+    a, b = (i.get_source_output() for i in node.inputs())
+    return b if a == output else a
+
+
+def _biased(linear: Any) -> Any:
+    """The layer's output: of the product, or of the sum with its bias."""
+    product = linear.output(0)
+    user = _only_user(product)
+    if user is None or user.get_type_name() != "Add":
+        return product
+    bias = _other_input(user, product).get_node().get_type_name() == "Constant"
+    return user.output(0) if bias and _same_shape(user.output(0), product) else product
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    return bool(a.get_partial_shape() == b.get_partial_shape())
+
+
+def _residual_sum(product: Any) -> tuple[Any, Any] | None:
+    """The sum that a product goes into, and what it is added to there."""
+    user = _only_user(product)
+    if user is None or user.get_type_name() != "Add":
+        return None
+    other = _other_input(user, product)
+    same = _same_shape(other, product) and _same_shape(user.output(0), product)
+    return (user.output(0), other) if same and other != product else None
+
+
+def _gated_pair(linears: Mapping[str, Any]) -> tuple[str, str, Any] | None:
+    """(gate, up, silu(gate) up) where two of the layers are used for nothing else."""
+    outputs = {name: _biased(linear) for name, linear in linears.items()}
+    for gate, output in outputs.items():
+        silu = _only_user(output)
+        if silu is None or not _is_silu(silu):
+            continue
+        product = _only_user(silu.output(0))
+        if product is None or product.get_type_name() != "Multiply":
+            continue
+        other = _other_input(product, silu.output(0))
+        for up, candidate in outputs.items():
+            if candidate == other and up != gate and _only_user(other) is not None:
+                return (gate, up, product.output(0)) if _same_shape(output, other) else None
+    return None
+
+
+def _is_silu(node: Any) -> bool:
+    if node.get_type_name() != "Swish":
+        return False
+    betas = [i.get_source_output().get_node() for i in node.inputs()[1:]]
+    return all(b.get_type_name() == "Constant" and b.get_data() == 1 for b in betas)
+
+
+def _replace(old: Any, new: Any) -> None:
+    for user in list(old.get_target_inputs()):
+        user.replace_source_output(new)
 
 
 def _load(library: Path) -> Any:
