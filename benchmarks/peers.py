@@ -64,11 +64,15 @@ def main(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no peer is left
     with Bench(config, systems) as bench:
+        interrupted = False
         try:
             bench.measure()
         except KeyboardInterrupt:
+            interrupted = True
             print(f"\ninterrupted; --out {args.out} goes on from here", flush=True)
     print(f"\n{write_report(bench.run, args.out)}\nin {args.out}")
+    if interrupted:
+        raise SystemExit(128 + signal.SIGINT)
 
 
 def engine_field(text: str) -> tuple[str, Any]:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -71,8 +72,9 @@ class Bench:
         for system in self.systems:
             if any(system is due for due, _, _ in turns):
                 self._start(system)
-        for system, case, round_ in turns:
+        for number, (system, case, round_) in enumerate(turns, 1):
             if system.name in self._processes:
+                print(f"{number:3}/{len(turns)}", end=" ", flush=True)
                 self._measure(system, case, round_)
 
     def _turns(self) -> list[tuple[System, Case, int]]:
@@ -89,11 +91,13 @@ class Bench:
 
     def _start(self, system: System) -> None:
         print(f"starting {system.name}", flush=True)
+        started_s = time.monotonic()
         try:
             process = self._process(system)
         except PeerUnavailable as error:
             self._drop(system, error)
             return
+        print(f"started in {time.monotonic() - started_s:.0f} s", flush=True)
         self._stack.callback(process.close)
         self._processes[system.name] = process
         self.run.versions[system.name] = process.versions
@@ -157,7 +161,8 @@ class Bench:
         print(
             f"round {round_ + 1}: {case.concurrency:2} x {case.prompt_tokens:3} "
             f"{system.name:20} {case.mix:7} {record.measures.decode_tokens_per_s:7.1f} tokens/s, "
-            f"TTFT {1e3 * record.measures.ttft_s:6.0f} ms",
+            f"TTFT {1e3 * record.measures.ttft_s:6.0f} ms, "
+            f"{record.measures.pss_bytes / 1e6:5.0f} MB",
             flush=True,
         )
 

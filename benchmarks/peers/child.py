@@ -4,7 +4,7 @@ and output.
     {"load": settings}                                       -> {"versions": {package: version}}
     {"prepare": {"num_held": N, "merged": bool}}             -> {"changed": bool}
     {"run": {"prompts": ids, "adapters": names, "tokens": N}}
-                              -> {"token_s": times, "token_ids": ids, "peak_rss_bytes": N}
+              -> {"token_s": times, "token_ids": ids, "peak_rss_bytes": N, "pss_bytes": N}
 
 An exception is answered with {"error": text}. The process ends with its input, or with the driver.
 """
@@ -104,6 +104,7 @@ def _answer(peer: Peer, what: str, message: dict[str, Any]) -> dict[str, Any]:
         "token_s": arrivals.token_s,
         "token_ids": arrivals.token_ids,
         "peak_rss_bytes": _peak_rss_bytes(),
+        "pss_bytes": _pss_bytes(),
     }
 
 
@@ -120,8 +121,18 @@ def _reset_peak_rss() -> None:
 
 def _peak_rss_bytes() -> int:
     """Of this process and those that it started, added up; pages that they share count twice."""
-    peaks = [re.search(r"VmHWM:\s+(\d+) kB", (p / "status").read_text()) for p in _processes()]
-    return sum(1024 * int(found[1]) for found in peaks if found)
+    return sum(_field_bytes(process / "status", "VmHWM") for process in _processes())
+
+
+def _pss_bytes() -> int:
+    """What they hold now; pages that they share count once."""
+    return sum(_field_bytes(process / "smaps_rollup", "Pss") for process in _processes())
+
+
+def _field_bytes(path: Path, name: str) -> int:
+    """0 for a process that is ending and holds none."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
 
 
 def _processes() -> list[Path]:

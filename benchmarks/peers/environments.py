@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import venv
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = Path(__file__).parent / "requirements"
@@ -25,7 +28,7 @@ class PeerUnavailable(Exception):
 @dataclass(frozen=True)
 class Environment:
     """What `requirements/<name>.txt` pins, without the packages of `without`, which it declares but
-    which do not work beside the others."""
+    which do not work beside the others, or report to their makers."""
 
     name: str
     without: tuple[str, ...] = ()
@@ -44,17 +47,19 @@ class Environment:
         """Its interpreter; the environment is built under `cache` when it is not there yet. Raises
         PeerUnavailable."""
         home = cache / "environments" / f"{self.name}-{self.digest}"
-        python, complete = home / "bin" / "python", home / "complete"
+        python, complete, log = home / "bin" / "python", home / "complete", home / "build.log"
         if not complete.exists():
-            print(f"building {home}; this can take long", flush=True)
+            started_s = time.monotonic()
+            print(f"building {home}; minutes, {log} says what it does", flush=True)
             shutil.rmtree(home, ignore_errors=True)
-            venv.create(home, symlinks=True, with_pip=True)
+            home.mkdir(parents=True)
+            run_logged([sys.executable, "-m", "venv", str(home)], log)
             pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
-            log = home / "build.log"
             run_logged([*pip, "install", "--requirement", str(self.requirements)], log)
             if self.without:
                 run_logged([*pip, "uninstall", "--yes", *self.without], log)
             complete.touch()
+            print(f"built in {time.monotonic() - started_s:.0f} s", flush=True)
         return python
 
 
@@ -97,24 +102,37 @@ class Conversion:
 def run_logged(command: Sequence[str], log: Path) -> None:
     """Append its output to `log`. Raises PeerUnavailable with the end of it."""
     with log.open("a") as output:
-        try:
-            subprocess.run(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=ROOT,
-                env=isolated(),
-                timeout=BUILD_TIMEOUT_S,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            raise PeerUnavailable(f"{last_line(log)} ({type(error).__name__}; {log})") from error
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=isolated(),
+            start_new_session=True,  # with the compilers that it starts
+        )
+    try:
+        status = process.wait(BUILD_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise PeerUnavailable(f"not done in {BUILD_TIMEOUT_S:.0f} s ({log})") from None
+    finally:
+        kill_group(process)
+    if status:
+        raise PeerUnavailable(f"{last_line(log)} (status {status}; {log})")
+
+
+def kill_group(process: subprocess.Popen[Any]) -> None:
+    """Of a process that leads its group, with all that it started; idempotent."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def isolated() -> dict[str, str]:
-    """Environment variables for a foreign Python: of this repository it sees the sources alone."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1"}
+    """Environment variables for a foreign Python: of this repository it sees the sources alone, and
+    it reports nothing to anybody."""
+    quiet = {"DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**os.environ, **quiet, "PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1"}
 
 
 def last_line(log: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.cases import Case
-from benchmarks.peers.environments import ROOT, PeerUnavailable, last_line
+from benchmarks.peers.environments import ROOT, PeerUnavailable, kill_group, last_line
 from benchmarks.peers.measures import Record, measures
 
 LOAD_TIMEOUT_S = 1800.0  # the first start on a machine converts, compiles, computes tails
@@ -62,14 +62,12 @@ class Process:
             self._run(case, WARM_UP_SEED, min(WARM_UP_TOKENS, tokens), timeout_s)
             self._warm.add(case)
         answer = self._run(case, round_, tokens, timeout_s)
-        found = measures(answer["token_s"], answer["peak_rss_bytes"])
-        return Record(self.name, case, round_, found, answer["token_ids"])
+        token_ids = answer.pop("token_ids")
+        return Record(self.name, case, round_, measures(**answer), token_ids)
 
     def close(self) -> None:
         """Idempotent; a stopped process ends too."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
+        kill_group(self._process)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with suppress(BrokenPipeError):  # of a message that nobody read

@@ -12,6 +12,10 @@ from benchmarks.peers.measures import Measures, Ratio, Record, Spread, agreement
 from benchmarks.peers.systems import pairs
 
 REFERENCE = "transformers"
+PLOTTED = {  # measure: title, scale
+    "decode_tokens_per_s": ("decode, tokens/s", 1.0),
+    "itl_p50_s": ("time between tokens, p50, ms", 1e3),
+}
 
 
 @dataclass
@@ -96,15 +100,15 @@ def describe(prompt_tokens: int, concurrency: int) -> str:
 
 
 def _table(run: Run, prompt_tokens: int, concurrency: int) -> list[str]:
-    found = {measure.name: spreads(run.records, measure.name) for measure in fields(Measures)}
+    size = (prompt_tokens, concurrency)
+    records = [r for r in run.records if (r.case.prompt_tokens, r.case.concurrency) == size]
+    found = {measure.name: spreads(records, measure.name) for measure in fields(Measures)}
     lines = [
         "| system | adapters | decode, tokens/s | TTFT, ms | ITL p50, ms | ITL p99, ms "
-        "| peak RSS, MB |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| PSS, MB | peak RSS, MB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (system, case), decode in found["decode_tokens_per_s"].items():
-        if (case.prompt_tokens, case.concurrency) != (prompt_tokens, concurrency):
-            continue
         cells = [
             system,
             case.mix,
@@ -113,9 +117,16 @@ def _table(run: Run, prompt_tokens: int, concurrency: int) -> list[str]:
                 show(found[name][system, case], 1e3)
                 for name in ("ttft_s", "itl_p50_s", "itl_p99_s")
             ),
+            f"{found['pss_bytes'][system, case].median / 1e6:.0f}",
             f"{found['peak_rss_bytes'][system, case].high / 1e6:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    measured = {record.system for record in records}
+    lines += [
+        f"| {system} | | not measured: {why} | | | | | |"
+        for system, why in run.failures.items()
+        if system not in measured
+    ]
     return lines
 
 
@@ -151,32 +162,34 @@ def show(spread: Spread, scale: float = 1.0, digits: int = 1) -> str:
 
 
 def plot(run: Run, path: Path) -> None:
-    """Decode throughput: a panel per size of batch and prompt, a bar per system and mix, lines from
-    the slowest round to the fastest."""
+    """A column per size of batch and prompt, a bar per system and mix; lines are from the slowest
+    round to the fastest. Above the decode throughput, below the time between tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    decode = spreads(run.records, "decode_tokens_per_s")
-    panels = sizes(run.records)
+    columns = sizes(run.records)
     labels = list(dict.fromkeys((r.system, r.case.mix) for r in run.records))
     figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(3 + 3 * len(panels), 1.5 + 0.3 * len(labels)),
+        len(PLOTTED),
+        len(columns),
+        figsize=(3 + 3 * len(columns), 1.5 + 0.5 * len(labels)),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    for axis, (prompt_tokens, concurrency) in zip(axes[0], panels, strict=True):
-        for row, (system, mix) in enumerate(labels):
-            spread = decode.get((system, Case(mix, concurrency, prompt_tokens)))
-            if spread is not None:
-                axis.barh(row, spread.median, color=f"C{list(Mix).index(mix)}")
-                axis.plot([spread.low, spread.high], [row, row], color="black", linewidth=1)
-        axis.set_title(describe(prompt_tokens, concurrency), fontsize=8)
-        axis.set_xlabel("decode, tokens/s")
+    for row, (measure, (title, scale)) in zip(axes, PLOTTED.items(), strict=True):
+        found = spreads(run.records, measure)
+        for axis, (prompt_tokens, concurrency) in zip(row, columns, strict=True):
+            for y, (system, mix) in enumerate(labels):
+                spread = found.get((system, Case(mix, concurrency, prompt_tokens)))
+                if spread is not None:
+                    axis.barh(y, scale * spread.median, color=f"C{list(Mix).index(mix)}")
+                    ends = [scale * spread.low, scale * spread.high]
+                    axis.plot(ends, [y, y], color="black", linewidth=1)
+            axis.set_title(describe(prompt_tokens, concurrency), fontsize=8)
+            axis.set_xlabel(title)
     axes[0][0].set_yticks(range(len(labels)), [f"{system}: {mix}" for system, mix in labels])
     axes[0][0].invert_yaxis()
     figure.suptitle(run.title, fontsize=9)

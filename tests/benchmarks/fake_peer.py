@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -16,6 +18,11 @@ class FakePeer(Peer):
         if self.fault == "load":
             raise ValueError("no such model")
         self.held = 0
+        if num_bytes := settings.get("child_bytes", 0):
+            code = f"held = b'x' * {num_bytes}; print(flush=True); import time; time.sleep(60)"
+            child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+            assert child.stdout is not None
+            child.stdout.readline()  # now it holds them
 
     def prepare(self, num_held: int, merged: bool) -> bool:
         changed, self.held = num_held != self.held, num_held

@@ -57,6 +57,7 @@ def test_a_round_is_measured(start: Starter) -> None:
     assert record.token_ids == [[0, 1, 2]] * 2
     assert record.measures.decode_tokens_per_s > 0
     assert record.measures.peak_rss_bytes > 2**20
+    assert 0 < record.measures.pss_bytes <= record.measures.peak_rss_bytes
 
 
 def test_a_process_that_is_not_asked_is_stopped(start: Starter) -> None:
@@ -64,6 +65,15 @@ def test_a_process_that_is_not_asked_is_stopped(start: Starter) -> None:
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
     assert state_of(process.pid) == "T"
     process.measure(CASE, 0, tokens=2, timeout_s=30)  # and it goes on when it is
+
+
+def test_memory_is_that_of_all_processes_of_a_system(start: Starter) -> None:
+    alone, with_child = (
+        start(child_bytes=num_bytes).measure(CASE, 0, tokens=2, timeout_s=30).measures
+        for num_bytes in (0, 2**27)
+    )
+    assert with_child.pss_bytes > alone.pss_bytes + 2**27
+    assert with_child.peak_rss_bytes > alone.peak_rss_bytes + 2**27
 
 
 @pytest.mark.parametrize(
@@ -168,7 +178,8 @@ def test_a_system_that_fails_leaves_the_others_alone(tiny_llama: Path, tmp_path:
     assert {r.system for r in run.run.records} == {"good"}
     assert set(run.run.failures) == {"bad", "worse"}
     report = write_report(run.run, tmp_path)
-    assert "worse: not measured, or not to the end: ValueError: no such model" in report
+    assert "- worse: not measured, or not to the end: ValueError: no such model" in report
+    assert report.count("| worse | | not measured: ValueError: no such model") == 2  # tables
 
 
 def test_a_command_that_fails_says_why(tmp_path: Path) -> None:

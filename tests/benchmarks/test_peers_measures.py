@@ -23,6 +23,7 @@ from benchmarks.peers.measures import (
 from benchmarks.peers.systems import pairs
 
 BASE = Case(Mix.BASE, 8, 32)
+NO_MEMORY = {"peak_rss_bytes": 0, "pss_bytes": 0}
 OURS, OTHER = Side("ours", Mix.BASE), Side("other", Mix.BASE)
 
 arrival_times = st.lists(
@@ -37,28 +38,28 @@ def record(
     case: Case = BASE,
     token_ids: list[list[int]] | None = None,
 ) -> Record:
-    found = Measures(rate, ttft_s=0.5, itl_p50_s=0.1, itl_p99_s=0.2, peak_rss_bytes=10**9)
+    found = Measures(rate, ttft_s=0.5, itl_p50_s=0.1, itl_p99_s=0.2, **NO_MEMORY)
     return Record(system, case, round_, found, token_ids or [[1, 2, 3]])
 
 
 def test_decoding_counts_from_the_moment_when_all_have_their_first_token() -> None:
     # The first request's tokens at 1 and 2 came while the second one still waited.
-    found = measures([[1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]], peak_rss_bytes=7)
+    found = measures([[1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]], peak_rss_bytes=7, pss_bytes=6)
     assert found.decode_tokens_per_s == pytest.approx(5 / 3)
     assert found.ttft_s == pytest.approx(1.5)
-    assert found.peak_rss_bytes == 7
+    assert (found.peak_rss_bytes, found.pss_bytes) == (7, 6)
 
 
 def test_inter_token_latency_is_of_single_requests() -> None:
-    found = measures([[0.0, 0.1, 0.2], [5.0, 5.1, 5.5]], peak_rss_bytes=0)
+    found = measures([[0.0, 0.1, 0.2], [5.0, 5.1, 5.5]], **NO_MEMORY)
     assert found.itl_p50_s == pytest.approx(0.1)
     assert found.itl_p99_s == pytest.approx(0.1 + 0.97 * 0.3)  # between the 3rd and 4th of 4 gaps
 
 
 @given(arrival_times, st.sampled_from([0.25, 0.5, 2.0, 8.0]))
 def test_a_slower_clock_scales_all_times_alike(token_s: list[list[float]], factor: float) -> None:
-    before = measures(token_s, 0)
-    after = measures([[factor * s for s in times] for times in token_s], 0)
+    before = measures(token_s, **NO_MEMORY)
+    after = measures([[factor * s for s in times] for times in token_s], **NO_MEMORY)
     assert after.decode_tokens_per_s == pytest.approx(before.decode_tokens_per_s / factor)
     for name in ("ttft_s", "itl_p50_s", "itl_p99_s"):
         assert getattr(after, name) == pytest.approx(factor * getattr(before, name))
@@ -66,7 +67,7 @@ def test_a_slower_clock_scales_all_times_alike(token_s: list[list[float]], facto
 
 @given(arrival_times)
 def test_the_order_of_requests_is_of_no_account(token_s: list[list[float]]) -> None:
-    assert measures(token_s, 0) == pytest.approx(measures(token_s[::-1], 0))
+    assert measures(token_s, **NO_MEMORY) == pytest.approx(measures(token_s[::-1], **NO_MEMORY))
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1))
