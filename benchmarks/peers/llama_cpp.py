@@ -1,14 +1,18 @@
-"""llama.cpp through its C interface, on the base model: prompts in batches of BATCH_TOKENS, then
-one batch per decode step with a token of every request."""
+"""llama.cpp through its C interface: prompts in batches of BATCH_TOKENS, then one batch per decode
+step with a token of every request. An adapter holds for all rows of a batch."""
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
+from benchmarks.peers.cases import adapter_name
 from benchmarks.peers.child import Arrivals, Peer, serve
+from benchmarks.peers.export_gguf import write_adapter
 
 BATCH_TOKENS = 512
 CONTEXT_STEP = 256  # what llama.cpp pads a sequence's context to
@@ -42,6 +46,26 @@ class LlamaCpp(Peer):
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
         self._batch = llama_cpp.llama_batch_init(max(BATCH_TOKENS, num_seqs), 0, 1)
+        self._adapter = self._load_adapter(settings) if settings["num_adapters"] else None
+        self._held = 0
+
+    def _load_adapter(self, settings: dict[str, Any]) -> Any:
+        path = Path(settings["scratch_dir"], f"{adapter_name(0)}.gguf")
+        write_adapter(Path(settings["adapters_dir"], adapter_name(0)), settings["model"], path)
+        adapter = llama_cpp.llama_adapter_lora_init(self._model, str(path).encode())
+        if not adapter:
+            raise RuntimeError(f"llama.cpp cannot load {path}; see the log")
+        return adapter
+
+    def prepare(self, num_held: int, merged: bool) -> bool:
+        if num_held == self._held:
+            return False
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+        scales = (ctypes.c_float * 1)(1.0)
+        if status := llama_cpp.llama_set_adapters_lora(self._context, adapters, num_held, scales):
+            raise RuntimeError(f"llama_set_adapters_lora returned {status}")
+        self._held = num_held
+        return True
 
     def run(self, prompts: list[list[int]], adapters: list[str], tokens: int) -> Arrivals:
         arrivals = Arrivals(len(prompts))

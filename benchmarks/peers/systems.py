@@ -11,10 +11,11 @@ from benchmarks.peers.environments import Conversion, Environment
 from benchmarks.peers.measures import Pair, Side
 
 OURS = "benchmarks.peers.ours"
+TELEMETRY = "openvino-telemetry"  # without it, OpenVINO reports nothing
 TRANSFORMERS = Environment("transformers")
 VLLM = Environment("vllm", without=("torchvision", "torchaudio", "torchcodec"))
-GENAI = Environment("openvino-genai")
-EXPORT = Environment("openvino-export", without=("torchvision",))
+GENAI = Environment("openvino-genai", without=(TELEMETRY,))
+EXPORT = Environment("openvino-export", without=("torchvision", TELEMETRY))
 LLAMA_CPP = Environment("llama-cpp")
 
 
@@ -64,7 +65,8 @@ SYSTEMS = {
         System(
             "llama.cpp",
             "benchmarks.peers.llama_cpp",
-            environment=LLAMA_CPP,
+            (Mix.BASE, Mix.ONE),
+            LLAMA_CPP,
             conversion=Conversion("benchmarks.peers.export_gguf", LLAMA_CPP, "float32", ".gguf"),
         ),
     )
@@ -94,6 +96,7 @@ def _pairs_of(name: str) -> list[Pair]:
         Pair(mixed, Side("transformers", Mix.BASE)),
         Pair(base, Side("vllm", Mix.BASE)),
         Pair(base, Side("llama.cpp", Mix.BASE)),
+        Pair(Side(name, Mix.ONE), Side("llama.cpp", Mix.ONE)),
     ]
     if name != "ours":
         found += [Pair(base, Side("ours", Mix.BASE)), Pair(mixed, Side("ours", Mix.MIXED))]
