@@ -6,17 +6,15 @@ and output.
     {"run": {"prompts": ids, "adapters": names, "tokens": N}}
               -> {"token_s": times, "token_ids": ids, "peak_rss_bytes": N, "pss_bytes": N}
 
-An exception is answered with {"error": text}. The process ends with its input, or with the driver.
+An exception is answered with {"error": text}. The process ends with its input.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import json
 import os
 import re
-import signal
 import sys
 import time
 import traceback
@@ -26,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 KV_CACHE_GIB = 1  # of every system that wants to be told
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -71,7 +68,6 @@ class Peer(ABC):
 
 def serve(kind: type[Peer]) -> None:
     """Answer the driver until it closes the pipe."""
-    _die_with_parent()
     # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -146,8 +142,3 @@ def _group_of(pid: int) -> int | None:
         return os.getpgid(pid)
     except ProcessLookupError:
         return None
-
-
-def _die_with_parent() -> None:
-    """Also when the driver is killed while this process is stopped."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

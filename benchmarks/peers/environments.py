@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = Path(__file__).parent / "requirements"
 BUILD_TIMEOUT_S = 3600.0
+END_TIMEOUT_S = 20.0
 
 
 class PeerUnavailable(Exception):
@@ -116,16 +116,31 @@ def run_logged(command: Sequence[str], log: Path) -> None:
     except subprocess.TimeoutExpired:
         raise PeerUnavailable(f"not done in {BUILD_TIMEOUT_S:.0f} s ({log})") from None
     finally:
-        kill_group(process)
+        end_group(process)
     if status:
         raise PeerUnavailable(f"{last_line(log)} (status {status}; {log})")
 
 
-def kill_group(process: subprocess.Popen[Any]) -> None:
-    """Of a process that leads its group, with all that it started; idempotent."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def end_group(process: subprocess.Popen[Any]) -> None:
+    """End a process that leads its group, and all that it started: with SIGTERM, on which Python
+    frees their shared memory, then with SIGKILL. Idempotent; also when they are stopped."""
+    _signal_group(process, signal.SIGTERM)
+    _signal_group(process, signal.SIGCONT)
+    last_s = time.monotonic() + END_TIMEOUT_S
+    while _signal_group(process, 0) and time.monotonic() < last_s:
+        time.sleep(0.02)
+    _signal_group(process, signal.SIGKILL)
     process.wait()
+
+
+def _signal_group(process: subprocess.Popen[Any], number: int) -> bool:
+    """Whether there was any process to get it."""
+    process.poll()  # one that has ended is in its group until it is asked for
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def isolated() -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.cases import Case
-from benchmarks.peers.environments import ROOT, PeerUnavailable, kill_group, last_line
+from benchmarks.peers.environments import ROOT, PeerUnavailable, end_group, last_line
 from benchmarks.peers.measures import Record, measures
 
 LOAD_TIMEOUT_S = 1800.0  # the first start on a machine converts, compiles, computes tails
@@ -22,7 +22,8 @@ WARM_UP_SEED = -1
 
 
 class Process:
-    """One system with its model loaded. Raises PeerUnavailable wherever it gives no answer."""
+    """One system with its model loaded. Raises PeerUnavailable wherever it gives no answer. All its
+    processes end with `close`, and when the driver is killed."""
 
     def __init__(
         self,
@@ -47,6 +48,11 @@ class Process:
                 text=True,
                 start_new_session=True,  # Ctrl-C is the driver's; signals reach all its processes
             )
+        self._watch = subprocess.Popen(
+            ["sh", "-c", f"read _; kill -s KILL -- -{self.pid}"],  # once the driver's end is closed
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         self.versions: dict[str, str] = self._ask("load", settings, LOAD_TIMEOUT_S)["versions"]
 
     @property
@@ -67,8 +73,10 @@ class Process:
 
     def close(self) -> None:
         """Idempotent; a stopped process ends too."""
-        kill_group(self._process)
-        for pipe in (self._process.stdin, self._process.stdout):
+        self._watch.kill()
+        self._watch.wait()
+        end_group(self._process)
+        for pipe in (self._process.stdin, self._process.stdout, self._watch.stdin):
             assert pipe is not None
             with suppress(BrokenPipeError):  # of a message that nobody read
                 pipe.close()

@@ -98,18 +98,26 @@ def test_a_system_that_cannot_load_says_why(start: Starter) -> None:
         start(fault="load")
 
 
-def test_a_process_dies_with_its_driver(tmp_path: Path) -> None:
+def test_all_processes_of_a_system_die_with_their_driver(tmp_path: Path) -> None:
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(tmp_path / "fake.log")],
         stdout=subprocess.PIPE,
         text=True,
     )
     assert driver.stdout is not None
-    process = os.pidfd_open(int(driver.stdout.readline()))
+    group = int(driver.stdout.readline())
+    processes = [os.pidfd_open(pid) for pid in pids_of(group)]
     driver.kill()
     driver.communicate()
-    assert select.select([process], [], [], 30)[0]  # readable once it has ended
-    os.close(process)
+    assert len(processes) == 2
+    for process in processes:
+        assert select.select([process], [], [], 30)[0]  # readable once it has ended
+        os.close(process)
+
+
+def pids_of(group: int) -> list[int]:
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return [pid for pid in pids if os.getpgid(pid) == group]
 
 
 DRIVER = f"""
@@ -117,7 +125,8 @@ import os, sys, time
 from pathlib import Path
 from benchmarks.peers.process import Process
 command = [sys.executable, "-m", {FAKE!r}]
-process = Process("fake", command, dict(os.environ), {{"vocab_size": 1000}}, Path(sys.argv[1]))
+settings = {{"vocab_size": 1000, "child_bytes": 1}}
+process = Process("fake", command, dict(os.environ), settings, Path(sys.argv[1]))
 print(process.pid, flush=True)
 time.sleep(60)
 """
