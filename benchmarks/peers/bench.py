@@ -63,6 +63,8 @@ class Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.terminate()
         self._stack.close()
 
     def measure(self) -> None:

@@ -124,13 +124,18 @@ def run_logged(command: Sequence[str], log: Path) -> None:
 def end_group(process: subprocess.Popen[Any]) -> None:
     """End a process that leads its group, and all that it started: with SIGTERM, on which Python
     frees their shared memory, then with SIGKILL. Idempotent; also when they are stopped."""
-    _signal_group(process, signal.SIGTERM)
-    _signal_group(process, signal.SIGCONT)
+    terminate_group(process)
     last_s = time.monotonic() + END_TIMEOUT_S
     while _signal_group(process, 0) and time.monotonic() < last_s:
         time.sleep(0.02)
     _signal_group(process, signal.SIGKILL)
     process.wait()
+
+
+def terminate_group(process: subprocess.Popen[Any]) -> None:
+    """Tell it to end; does not wait."""
+    _signal_group(process, signal.SIGTERM)
+    _signal_group(process, signal.SIGCONT)
 
 
 def _signal_group(process: subprocess.Popen[Any], number: int) -> bool:

@@ -84,7 +84,8 @@ def markdown(run: Run) -> str:
     ]
     for size in sizes(run.records):
         lines += ["", f"## {describe(*size)}", "", *_table(run, *size)]
-    lines += ["", "## Ratios, of rounds of this run", "", *_ratio_table(run.ratios)]
+    if run.ratios:
+        lines += ["", "## Ratios, of rounds of this run", "", *_ratio_table(run.ratios)]
     lines += _agreement_lines(run)
     return "\n".join(lines) + "\n"
 
