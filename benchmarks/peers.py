@@ -8,8 +8,8 @@ python benchmarks/peers.py [--short] [--systems S ...] [--mixes M ...] [--concur
                            [--ours NAME FIELD=VALUE ...] [--model M] [--out DIR] [--cache DIR]
 
 Prints and writes into --out: report.md, results.json, plot.png, and rounds.jsonl as it goes. Given
-the --out of an earlier run, it measures what that one lacks. Ctrl-C reports what there is. PSS is
-the memory that a system's processes hold after a round, peak RSS the most since it began.
+the --out of an earlier run, it measures what that one lacks. Ctrl-C reports what there is.
+"Resident" is what a system's processes hold after a round, peak RSS the most since it began.
 
 On two cores --short takes 80 s. The first time it builds three environments and converts the model,
 another 2.5 minutes where wheels come fast, and 4 GB on disk. vLLM's takes 3.4 GB; llama.cpp is

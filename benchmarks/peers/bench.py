@@ -164,7 +164,7 @@ class Bench:
             f"round {round_ + 1}: {case.concurrency:2} x {case.prompt_tokens:3} "
             f"{system.name:20} {case.mix:7} {record.measures.decode_tokens_per_s:7.1f} tokens/s, "
             f"TTFT {1e3 * record.measures.ttft_s:6.0f} ms, "
-            f"{record.measures.pss_bytes / 1e6:5.0f} MB",
+            f"{record.measures.resident_bytes / 1e6:5.0f} MB",
             flush=True,
         )
 

@@ -4,7 +4,7 @@ and output.
     {"load": settings}                                       -> {"versions": {package: version}}
     {"prepare": {"num_held": N, "merged": bool}}             -> {"changed": bool}
     {"run": {"prompts": ids, "adapters": names, "tokens": N}}
-              -> {"token_s": times, "token_ids": ids, "peak_rss_bytes": N, "pss_bytes": N}
+              -> {"token_s": times, "token_ids": ids, "peak_rss_bytes": N, "resident_bytes": N}
 
 An exception is answered with {"error": text}. The process ends with its input.
 """
@@ -100,7 +100,7 @@ def _answer(peer: Peer, what: str, message: dict[str, Any]) -> dict[str, Any]:
         "token_s": arrivals.token_s,
         "token_ids": arrivals.token_ids,
         "peak_rss_bytes": _peak_rss_bytes(),
-        "pss_bytes": _pss_bytes(),
+        "resident_bytes": _resident_bytes(),
     }
 
 
@@ -120,9 +120,15 @@ def _peak_rss_bytes() -> int:
     return sum(_field_bytes(process / "status", "VmHWM") for process in _processes())
 
 
-def _pss_bytes() -> int:
-    """What they hold now; pages that they share count once."""
-    return sum(_field_bytes(process / "smaps_rollup", "Pss") for process in _processes())
+def _resident_bytes() -> int:
+    """What they hold now. Memory that they share counts once; pages of files, which other systems
+    map too, as in the process that has the most."""
+    own = sum(
+        _field_bytes(process / "smaps_rollup", name)
+        for process in _processes()
+        for name in ("Pss_Anon", "Pss_Shmem")
+    )
+    return own + max(_field_bytes(process / "status", "RssFile") for process in _processes())
 
 
 def _field_bytes(path: Path, name: str) -> int:

@@ -22,11 +22,11 @@ class Measures:
     itl_p50_s: float  # over all gaps between two tokens of a request
     itl_p99_s: float
     peak_rss_bytes: int  # of all its processes, since the round began
-    pss_bytes: int  # of all its processes, at the end of the round
+    resident_bytes: int  # of all its processes, at the end of the round
 
 
 def measures(
-    token_s: Sequence[Sequence[float]], *, peak_rss_bytes: int, pss_bytes: int
+    token_s: Sequence[Sequence[float]], *, peak_rss_bytes: int, resident_bytes: int
 ) -> Measures:
     """`token_s`: when each token of each request came, in seconds since all were sent.
 
@@ -42,7 +42,7 @@ def measures(
         itl_p50_s=float(np.percentile(gaps_s, 50)),
         itl_p99_s=float(np.percentile(gaps_s, 99)),
         peak_rss_bytes=peak_rss_bytes,
-        pss_bytes=pss_bytes,
+        resident_bytes=resident_bytes,
     )
 
 

@@ -106,7 +106,7 @@ def _table(run: Run, prompt_tokens: int, concurrency: int) -> list[str]:
     found = {measure.name: spreads(records, measure.name) for measure in fields(Measures)}
     lines = [
         "| system | adapters | decode, tokens/s | TTFT, ms | ITL p50, ms | ITL p99, ms "
-        "| PSS, MB | peak RSS, MB |",
+        "| resident, MB | peak RSS, MB |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (system, case), decode in found["decode_tokens_per_s"].items():
@@ -118,7 +118,7 @@ def _table(run: Run, prompt_tokens: int, concurrency: int) -> list[str]:
                 show(found[name][system, case], 1e3)
                 for name in ("ttft_s", "itl_p50_s", "itl_p99_s")
             ),
-            f"{found['pss_bytes'][system, case].median / 1e6:.0f}",
+            f"{found['resident_bytes'][system, case].median / 1e6:.0f}",
             f"{found['peak_rss_bytes'][system, case].high / 1e6:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

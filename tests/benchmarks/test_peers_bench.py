@@ -57,7 +57,7 @@ def test_a_round_is_measured(start: Starter) -> None:
     assert record.token_ids == [[0, 1, 2]] * 2
     assert record.measures.decode_tokens_per_s > 0
     assert record.measures.peak_rss_bytes > 2**20
-    assert 0 < record.measures.pss_bytes <= record.measures.peak_rss_bytes
+    assert 0 < record.measures.resident_bytes <= record.measures.peak_rss_bytes
 
 
 def test_a_process_that_is_not_asked_is_stopped(start: Starter) -> None:
@@ -72,7 +72,7 @@ def test_memory_is_that_of_all_processes_of_a_system(start: Starter) -> None:
         start(child_bytes=num_bytes).measure(CASE, 0, tokens=2, timeout_s=30).measures
         for num_bytes in (0, 2**27)
     )
-    assert with_child.pss_bytes > alone.pss_bytes + 2**27
+    assert with_child.resident_bytes > alone.resident_bytes + 2**27
     assert with_child.peak_rss_bytes > alone.peak_rss_bytes + 2**27
 
 

@@ -23,7 +23,7 @@ from benchmarks.peers.measures import (
 from benchmarks.peers.systems import pairs
 
 BASE = Case(Mix.BASE, 8, 32)
-NO_MEMORY = {"peak_rss_bytes": 0, "pss_bytes": 0}
+NO_MEMORY = {"peak_rss_bytes": 0, "resident_bytes": 0}
 OURS, OTHER = Side("ours", Mix.BASE), Side("other", Mix.BASE)
 
 arrival_times = st.lists(
@@ -44,10 +44,12 @@ def record(
 
 def test_decoding_counts_from_the_moment_when_all_have_their_first_token() -> None:
     # The first request's tokens at 1 and 2 came while the second one still waited.
-    found = measures([[1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]], peak_rss_bytes=7, pss_bytes=6)
+    found = measures(
+        [[1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]], peak_rss_bytes=7, resident_bytes=6
+    )
     assert found.decode_tokens_per_s == pytest.approx(5 / 3)
     assert found.ttft_s == pytest.approx(1.5)
-    assert (found.peak_rss_bytes, found.pss_bytes) == (7, 6)
+    assert (found.peak_rss_bytes, found.resident_bytes) == (7, 6)
 
 
 def test_inter_token_latency_is_of_single_requests() -> None:
