@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kasa_runtime.adapter.base import linear_layers
+from kasa_runtime.adapter.skeleton import linear_layers
 from kasa_runtime.engine.native.decoder import DecoderInfo, load_decoder
 from kasa_runtime.engine.native.openvino import compression, linears
 from kasa_runtime.engine.native.openvino.conversion import AttentionLayer, ConvertedModel
