@@ -96,19 +96,22 @@ class Runtime:
     async def create(cls, config: RuntimeConfig, observer: Observer | None = None) -> Runtime:
         """Load the base model, start the engine, take in the adapters directory. Raises ModelError,
         ConfigError."""
+        from kasa_runtime.base_model.source import resolve
+        from kasa_runtime.engine.factory import begin, make_engine
+
+        observer = observer or Observer()
+        model_dir = await asyncio.to_thread(resolve, config.model)
+        begun = await asyncio.to_thread(begin, model_dir, config.native)
+        # Here and not before: torch is imported while what was begun goes on.
         from kasa_runtime.adapter.manager import AdapterManager
         from kasa_runtime.adapter.store import AdapterStore
         from kasa_runtime.adapter.tails import TailCache
-        from kasa_runtime.base_model.source import resolve
-        from kasa_runtime.engine.factory import make_engine
         from kasa_runtime.tokenizer import Tokenizer
 
-        observer = observer or Observer()
-        model_dir = await in_background(resolve, config.model)
         tails = await in_background(TailCache.for_model, model_dir)
         tokenizer = await in_background(Tokenizer, model_dir)
         store = AdapterStore(config.adapters_dir, config.keep_versions)
-        engine = make_engine(model_dir, tails, config.native)
+        engine = make_engine(model_dir, tails, config.native, begun)
         await engine.start()
         manager = AdapterManager(
             store,
