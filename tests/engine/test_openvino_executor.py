@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from kasa_runtime.home import kasa_home
 
 pytest.importorskip("openvino")
 
+from kasa_runtime.engine.native.openvino import attention
 from kasa_runtime.engine.native.openvino.executor import OpenVinoExecutor
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -257,3 +259,20 @@ def test_adapters_on_every_layer_of_every_architecture(name: str, served_model: 
     assert largest(adapted, logits_of(load_model(model_dir), prompt(9))) > 0.05
     want = torch.cat([plain[4:], adapted[[4, 8]]])
     assert largest(found, want) < 2e-4 * max(1.0, float(want.std()))
+
+
+def test_the_cache_begins_zeroed_and_keeps_what_steps_write_while_it_is_made_present(
+    tiny_llama: Path,
+) -> None:
+    executor = OpenVinoExecutor(tiny_llama, config())
+    caches = attention.allocate(executor._pristine.compiled, num_blocks=4096)
+    for number, tensor in enumerate(caches.values(), 1):
+        assert not tensor.data.any()
+        tensor.data[...] = number
+    for thread in threading.enumerate():
+        if thread.name == "kasa-populate":
+            thread.join()
+    for number, tensor in enumerate(caches.values(), 1):
+        assert (tensor.data == number).all()
+        assert tensor.data.ctypes.data % 64 == 0
+    executor.close()
