@@ -4,8 +4,8 @@ stop string may take back."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 REPLACEMENT = "\ufffd"
@@ -13,13 +13,13 @@ REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """The text of one generation, growing. `tokenizer` is a fast transformers tokenizer.
+    """The text of one generation, growing.
 
     `push` returns what is certain: a character appears when all of its bytes have, and text that
     could be the beginning of a stop string waits until it is not."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
-        self._tokenizer = tokenizer.backend_tokenizer
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+        self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._unread: list[int] = []  # tokens since the stream last gave text
         self._stop = tuple(stop)

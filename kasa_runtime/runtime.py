@@ -12,11 +12,11 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kasa_runtime.background import in_background
 from kasa_runtime.engine.config import EngineConfig
@@ -38,12 +38,16 @@ if TYPE_CHECKING:
     from kasa_runtime.adapter.manager import AdapterManager, Lease
     from kasa_runtime.adapter.upload import Upload
     from kasa_runtime.engine.base import Engine
+    from kasa_runtime.engine.factory import Begun
     from kasa_runtime.generation import Generation
     from kasa_runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
+
+Beginning: TypeAlias = "tuple[Path, Begun | None]"
+"""The model's directory, and the graph that is being built of it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,23 @@ class RuntimeConfig:
         default=5, metadata={"help": "versions of an adapter that are kept for rollback"}
     )
     native: EngineConfig = field(default_factory=EngineConfig)
+
+
+def begin(config: RuntimeConfig) -> Future[Beginning]:
+    """Find the model and begin what can be begun without torch, on a thread of its own, so that a
+    program may import what else it needs before it calls `Runtime.create`."""
+    pool = ThreadPoolExecutor(1, "kasa-begin")
+    begun = pool.submit(_begin, config)
+    pool.shutdown(wait=False)
+    return begun
+
+
+def _begin(config: RuntimeConfig) -> Beginning:
+    from kasa_runtime.base_model.source import resolve
+    from kasa_runtime.engine.factory import begin as begin_graph
+
+    model_dir = resolve(config.model)
+    return model_dir, begin_graph(model_dir, config.native)
 
 
 class Runtime:
@@ -93,22 +114,27 @@ class Runtime:
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
     @classmethod
-    async def create(cls, config: RuntimeConfig, observer: Observer | None = None) -> Runtime:
-        """Load the base model, start the engine, take in the adapters directory. Raises ModelError,
-        ConfigError."""
+    async def create(
+        cls,
+        config: RuntimeConfig,
+        observer: Observer | None = None,
+        begun: Future[Beginning] | None = None,
+    ) -> Runtime:
+        """Load the base model, start the engine, take in the adapters directory. `begun`: what
+        `begin` returned for this configuration. Raises ModelError, ConfigError."""
+        observer = observer or Observer()
+        model_dir, graph = await asyncio.wrap_future(begun or begin(config))
+        # Here and not before: torch is imported while what was begun goes on.
         from kasa_runtime.adapter.manager import AdapterManager
         from kasa_runtime.adapter.store import AdapterStore
         from kasa_runtime.adapter.tails import TailCache
-        from kasa_runtime.base_model.source import resolve
         from kasa_runtime.engine.factory import make_engine
         from kasa_runtime.tokenizer import Tokenizer
 
-        observer = observer or Observer()
-        model_dir = await in_background(resolve, config.model)
         tails = await in_background(TailCache.for_model, model_dir)
         tokenizer = await in_background(Tokenizer, model_dir)
         store = AdapterStore(config.adapters_dir, config.keep_versions)
-        engine = make_engine(model_dir, tails, config.native)
+        engine = make_engine(model_dir, tails, config.native, graph)
         await engine.start()
         manager = AdapterManager(
             store,

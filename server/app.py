@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Sequence
+from concurrent.futures import Future
 from types import TracebackType
 
 import grpc
@@ -22,7 +23,7 @@ from kasa.v1 import (
 )
 
 from kasa_runtime.errors import ConfigError
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Beginning, Runtime, RuntimeConfig
 from kasa_runtime.types import AdapterInfo
 from server.adapter_service import AdapterService
 from server.config import ServerConfig
@@ -186,10 +187,14 @@ class Server:
         self.stop()
 
 
-async def serve(runtime_config: RuntimeConfig, server_config: ServerConfig) -> int:
-    """Load the model, serve it, and return the process's exit status."""
+async def serve(
+    runtime_config: RuntimeConfig,
+    server_config: ServerConfig,
+    begun: Future[Beginning] | None = None,
+) -> int:
+    """Load the model, serve it, and return the process's exit status. `begun`: of the runtime."""
     edge = Edge(server_config)
-    runtime = await Runtime.create(runtime_config, edge)
+    runtime = await Runtime.create(runtime_config, edge, begun)
     try:
         async with Server(runtime, edge, server_config) as server:
             print(f"listening {server.addresses}", flush=True)

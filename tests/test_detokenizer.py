@@ -103,14 +103,14 @@ def cut(text: str, stops: Sequence[str]) -> str:
 def test_the_pieces_make_the_whole(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     ids = encode(text, tokenizer)
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer.backend_tokenizer)
     found = "".join(pieces(detokenizer, ids)) + detokenizer.finish()
     assert found == decode(ids, tokenizer)
 
 
 @pytest.mark.parametrize("text", ["é", "世", "🙂", "👨‍👩‍👧"])
 def test_no_part_of_a_character_is_given_out(text: str) -> None:
-    found = pieces(Detokenizer(BYTES), spelled(text))
+    found = pieces(Detokenizer(BYTES.backend_tokenizer), spelled(text))
     assert "".join(found) == text
     assert [len(piece.encode()) for piece in found if piece] == [len(c.encode()) for c in text]
     assert all("\ufffd" not in piece for piece in found)
@@ -118,18 +118,18 @@ def test_no_part_of_a_character_is_given_out(text: str) -> None:
 
 def test_special_tokens_have_no_text() -> None:
     ids = [*encode("hello"), BYTES.eos_token_id]
-    assert "".join(pieces(Detokenizer(BYTES), ids)) == "hello"
+    assert "".join(pieces(Detokenizer(BYTES.backend_tokenizer), ids)) == "hello"
 
 
 def test_ids_that_the_tokenizer_does_not_know_have_no_text() -> None:
     """A model's vocabulary is often padded."""
-    detokenizer = Detokenizer(BYTES)
+    detokenizer = Detokenizer(BYTES.backend_tokenizer)
     ids = [*encode("a"), 10_000, *encode("b"), 10_000]
     assert "".join(pieces(detokenizer, ids)) + detokenizer.finish() == "ab"
 
 
 def test_several_tokens_at_once() -> None:
-    detokenizer = Detokenizer(BYTES)
+    detokenizer = Detokenizer(BYTES.backend_tokenizer)
     ids = encode("hello wörld 🙂")
     assert detokenizer.push(ids[:4]) + detokenizer.push(()) + detokenizer.push(ids[4:]) == (
         "hello wörld 🙂"
@@ -137,7 +137,7 @@ def test_several_tokens_at_once() -> None:
 
 
 def test_an_unfinished_character_at_the_end_is_left_out() -> None:
-    detokenizer = Detokenizer(BYTES)
+    detokenizer = Detokenizer(BYTES.backend_tokenizer)
     assert "".join(pieces(detokenizer, [*encode("hello "), *spelled("🙂")[:3]])) == "hello "
     assert detokenizer.finish() == ""
 
@@ -145,20 +145,20 @@ def test_an_unfinished_character_at_the_end_is_left_out() -> None:
 def test_text_behind_bytes_that_are_no_character_is_not_lost() -> None:
     broken = spelled("🙂")[1:2]
     ids = [*broken, *spelled("\ufffd"), *broken, *spelled("é")[:1]]
-    detokenizer = Detokenizer(BYTES)
+    detokenizer = Detokenizer(BYTES.backend_tokenizer)
     assert (
         "".join(pieces(detokenizer, [*encode("a"), *ids, *encode("b")]))
         == "a\ufffd\ufffd\ufffd\ufffdb"
     )
     ids = [*broken, *spelled("x"), *broken]
-    detokenizer = Detokenizer(BYTES)
+    detokenizer = Detokenizer(BYTES.backend_tokenizer)
     assert detokenizer.push(ids) + detokenizer.finish() == "\ufffdx"
 
 
 def test_a_stop_string_in_the_text_that_comes_last() -> None:
     joiner = "\u200d"
     glued = [i for i in range(len(BYTES)) if joiner in decode([i]) and decode([i])[-1] == "\ufffd"]
-    detokenizer = Detokenizer(BYTES, [joiner])
+    detokenizer = Detokenizer(BYTES.backend_tokenizer, [joiner])
     assert detokenizer.push([*encode("a"), glued[0]]) == "a"
     assert not detokenizer.finish().strip("\ufffd")
     assert detokenizer.stopped
@@ -168,7 +168,7 @@ def test_a_stop_string_in_the_text_that_comes_last() -> None:
 @given(st.lists(st.integers(0, len(BYTES) - 1), max_size=30))
 def test_any_tokens_give_what_decoding_all_gives(ids: list[int]) -> None:
     """Bytes that are no character, too: a model may say anything."""
-    detokenizer = Detokenizer(BYTES)
+    detokenizer = Detokenizer(BYTES.backend_tokenizer)
     found = "".join(pieces(detokenizer, ids)) + detokenizer.finish()
     assert found.rstrip("\ufffd") == decode(ids).rstrip("\ufffd")
 
@@ -177,7 +177,7 @@ def test_any_tokens_give_what_decoding_all_gives(ids: list[int]) -> None:
 @given(st.lists(st.integers(0, len(SENTENCEPIECE) - 1), max_size=30))
 def test_broken_bytes_do_not_break_the_stream(ids: list[int]) -> None:
     """Here bytes that are no character take the ones before them along, which were given out."""
-    detokenizer = Detokenizer(SENTENCEPIECE)
+    detokenizer = Detokenizer(SENTENCEPIECE.backend_tokenizer)
     found = "".join(pieces(detokenizer, ids)) + detokenizer.finish()
     whole = decode(ids, SENTENCEPIECE)
     assert found == whole or "\ufffd" in whole
@@ -188,7 +188,7 @@ def test_broken_bytes_do_not_break_the_stream(ids: list[int]) -> None:
 
 
 def test_a_stop_string_over_several_tokens_is_cut() -> None:
-    detokenizer = Detokenizer(BYTES, ["hello"])
+    detokenizer = Detokenizer(BYTES.backend_tokenizer, ["hello"])
     found = pieces(detokenizer, spelled("so hello there"))
     assert "".join(found) == "so "
     assert detokenizer.stopped
@@ -196,20 +196,20 @@ def test_a_stop_string_over_several_tokens_is_cut() -> None:
 
 
 def test_text_that_may_begin_a_stop_string_waits() -> None:
-    detokenizer = Detokenizer(BYTES, ["stop!"])
+    detokenizer = Detokenizer(BYTES.backend_tokenizer, ["stop!"])
     assert pieces(detokenizer, spelled("a sto")) == ["a", " ", "", "", ""]
     assert pieces(detokenizer, spelled("ne")) == ["ston", "e"]
 
 
 def test_what_waited_is_given_out_at_the_end() -> None:
-    detokenizer = Detokenizer(BYTES, ["stop!"])
+    detokenizer = Detokenizer(BYTES.backend_tokenizer, ["stop!"])
     assert "".join(pieces(detokenizer, spelled("full stop"))) == "full "
     assert detokenizer.finish() == "stop"
     assert detokenizer.finish() == ""
 
 
 def test_a_stop_string_that_restarts_inside_itself() -> None:
-    detokenizer = Detokenizer(BYTES, ["aab"])
+    detokenizer = Detokenizer(BYTES.backend_tokenizer, ["aab"])
     assert "".join(pieces(detokenizer, spelled("aaaab"))) == "aa"
     assert detokenizer.stopped
 
@@ -220,33 +220,33 @@ def test_the_first_of_overlapping_stop_strings_counts() -> None:
         (["o w", "hello w"], "say "),
         (["the", "there"], "say hello world "),
     ):
-        detokenizer = Detokenizer(BYTES, stops)
+        detokenizer = Detokenizer(BYTES.backend_tokenizer, stops)
         assert "".join(pieces(detokenizer, spelled("say hello world there"))) == want
 
 
 def test_a_stop_string_of_characters_of_several_bytes() -> None:
-    detokenizer = Detokenizer(BYTES, ["🙂世"])
+    detokenizer = Detokenizer(BYTES.backend_tokenizer, ["🙂世"])
     assert "".join(pieces(detokenizer, spelled("a🙂🙂世界"))) == "a🙂"
     assert detokenizer.stopped
 
 
 def test_tokens_after_the_stop_give_nothing() -> None:
-    detokenizer = Detokenizer(BYTES, ["."])
+    detokenizer = Detokenizer(BYTES.backend_tokenizer, ["."])
     assert detokenizer.push([*encode("one"), *encode("."), *encode("two")]) == "one"
     assert detokenizer.push(encode("three")) == detokenizer.finish() == ""
 
 
 def test_stop_strings_before_min_tokens_are_text() -> None:
     ids = spelled("a.b.c.d")
-    detokenizer = Detokenizer(BYTES, ["."], min_tokens=4)
+    detokenizer = Detokenizer(BYTES.backend_tokenizer, ["."], min_tokens=4)
     assert pieces(detokenizer, ids) == ["a", ".", "b", "", "", "", ""]
     assert detokenizer.stopped
 
 
 def test_a_stop_string_that_begins_before_min_tokens_does_not_count() -> None:
-    detokenizer = Detokenizer(BYTES, ["ab"], min_tokens=2)
+    detokenizer = Detokenizer(BYTES.backend_tokenizer, ["ab"], min_tokens=2)
     assert "".join(pieces(detokenizer, spelled("a"))) == "a"
-    detokenizer = Detokenizer(BYTES, ["ab"], min_tokens=3)
+    detokenizer = Detokenizer(BYTES.backend_tokenizer, ["ab"], min_tokens=3)
     assert "".join(pieces(detokenizer, spelled("xabx"))) == "xabx"
 
 
@@ -260,7 +260,7 @@ def test_the_pieces_are_the_whole_cut_at_the_first_stop(
     text: str, stops: list[str], sizes: list[int]
 ) -> None:
     """However the tokens arrive."""
-    ids, detokenizer, found = spelled(text), Detokenizer(BYTES, stops), ""
+    ids, detokenizer, found = spelled(text), Detokenizer(BYTES.backend_tokenizer, stops), ""
     for size in [*sizes, len(ids)]:
         step, ids = ids[:size], ids[size:]
         found += detokenizer.push(step)

@@ -98,6 +98,8 @@ def test_server_knows_the_runtime_and_not_what_is_under_it(source):
         ("kasa_runtime.cli", {*HEAVY, *WIRE - {"google"}, "numpy", "aiohttp", "rich"}),
         ("kasa_runtime.client", {*HEAVY, "aiohttp"}),
         ("server.app", HEAVY),
+        ("kasa_runtime.commands.serve", {*HEAVY, "grpc", "aiohttp"}),
+        ("kasa_runtime.engine.factory", HEAVY),
         ("kasa_runtime.engine.native.torch_executor", {"kasa_runtime.engine.native.cuda"}),
     ],
 )
@@ -106,3 +108,8 @@ def test_import_stays_light(module, absent):
     command = [sys.executable, "-W", "error", "-c", code]
     loaded = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert not absent & set(loaded.split())
+
+
+def test_a_graph_is_compiled_without_torch():
+    pytest.importorskip("openvino")
+    test_import_stays_light("kasa_runtime.engine.native.openvino.graph", {*HEAVY, "scipy"})

@@ -31,7 +31,7 @@ from kasa_runtime.errors import (
     Overloaded,
     ShuttingDown,
 )
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime, RuntimeConfig, begin
 from kasa_runtime.tokenizer import Tokenizer
 from kasa_runtime.types import (
     AdapterInfo,
@@ -145,6 +145,15 @@ async def serving(
     )
     async with asyncio.timeout(30), await Runtime.create(wanted, observer) as runtime:
         yield runtime
+
+
+async def test_what_was_begun_before_is_used(tiny_chat_model: Path, adapters_dir: Path) -> None:
+    wanted = RuntimeConfig(str(tiny_chat_model), adapters_dir, native=config())
+    begun = begin(replace(wanted, model="no-such-model"))
+    with pytest.raises(ModelError, match="no-such-model"):
+        await Runtime.create(wanted, None, begun)
+    async with await Runtime.create(wanted, None, begin(wanted)) as runtime:
+        assert await read(runtime, ask())
 
 
 def ask(name: str = "a", **fields: Any) -> GenerationRequest:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kasa_runtime.adapter.base import BaseModel, LinearShape
+from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.config import (
     AdapterConfig,
     AdapterMeta,
@@ -39,6 +39,7 @@ from kasa_runtime.adapter.config import (
 from kasa_runtime.adapter.kasa import TruncationRule, truncation_count
 from kasa_runtime.adapter.lora import Adapter, ModuleWeights
 from kasa_runtime.adapter.saved import check_saved
+from kasa_runtime.adapter.skeleton import LinearShape
 from kasa_runtime.errors import AdapterInvalid, BaseMismatch
 from kasa_runtime.types import AdapterMethod
 

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 import struct
 from contextlib import suppress
 from pathlib import Path
 
 from kasa_runtime.errors import ModelError
-from kasa_runtime.home import kasa_home
-
-logger = logging.getLogger(__name__)
+from kasa_runtime.home import kasa_home, keep
 
 
 def fingerprint(model_dir: Path) -> str:
@@ -32,13 +28,7 @@ def fingerprint(model_dir: Path) -> str:
         if known := memo.read_text().strip():
             return known
     digest = _digest(files)
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        staged = memo.with_suffix(f".{os.getpid()}")
-        staged.write_text(digest)
-        staged.replace(memo)
-    except OSError as error:
-        logger.warning("%s: cannot remember this fingerprint (%s)", memo, error)
+    keep(memo, digest)
     return digest
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -117,6 +116,8 @@ def _smaller_side(t: int, out_features: int, in_features: int) -> int:
 def _smallest_directions(small: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray]:
     """Left singular vectors (k, t) of the t smallest singular values, and the t + 1 smallest
     values, descending."""
+    import scipy.linalg  # here: a server whose tails are cached does without
+
     gram = small @ small.T  # (k, k)
     values, vectors = scipy.linalg.eigh(
         gram, subset_by_index=[0, t], driver="evr", check_finite=False

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from kasa_runtime.commands.flags import build, options
-from kasa_runtime.runtime import RuntimeConfig
+from kasa_runtime.runtime import RuntimeConfig, begin
 from server.config import ServerConfig
 
 
@@ -21,11 +21,12 @@ def command(**values: Any) -> None:
 
     Every flag can be set as an environment variable too: --grpc-port as KASA_GRPC_PORT.
     """
-    from server.app import serve  # here: `kasa serve --help` does not need gRPC
-
     runtime_config, server_config = build(RuntimeConfig, values), build(ServerConfig, values)
     logging.basicConfig(
         level=server_config.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    sys.exit(asyncio.run(serve(runtime_config, server_config)))
+    begun = begin(runtime_config)
+    from server.app import serve  # here: `kasa serve --help` does not need gRPC
+
+    sys.exit(asyncio.run(serve(runtime_config, server_config, begun)))

@@ -9,9 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from kasa_runtime.adapter.lora import AdapterWeights
 from kasa_runtime.types import FinishReason, Mode, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from kasa_runtime.adapter.lora import AdapterWeights
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,25 +4,63 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.engine.base import Engine
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.engine.native.executor import Executor
 from kasa_runtime.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from kasa_runtime.adapter.tails import TailCache
+    from kasa_runtime.engine.native.executor import Executor
+    from kasa_runtime.engine.native.openvino.graph import AdaptedGraph
+
 
 logger = logging.getLogger(__name__)
 
 
-def make_engine(model_dir: Path, tails: TailCache, config: EngineConfig) -> Engine:
+class Begun:
+    """A graph that is being built on a thread of its own."""
+
+    def __init__(self, model_dir: Path, config: EngineConfig) -> None:
+        from kasa_runtime.engine.native.openvino.graph import AdaptedGraph
+
+        pool = ThreadPoolExecutor(1, "kasa-graph")
+        self._futures: list[Future[AdaptedGraph]] = [pool.submit(AdaptedGraph, model_dir, config)]
+        pool.shutdown(wait=False)
+
+    def take(self) -> AdaptedGraph:
+        """Wait for it; once, for it is large and the taker's. Raises ModelError, ConfigError."""
+        return self._futures.pop().result()
+
+
+def begin(model_dir: Path, config: EngineConfig) -> Begun | None:
+    """Build, on a thread of its own, what OpenVINO needs no torch for, if the configuration will
+    probably want it and the model is converted already. Call it before torch is imported: both
+    take about as long."""
+    if config.executor == "torch" or config.dtype not in ("auto", "float32"):
+        return None
+    if config.device not in ("auto", "cpu") or (config.device == "auto" and _may_have_gpu()):
+        return None
+    if not _is_installed():
+        return None
+    from kasa_runtime.engine.native.openvino.conversion import is_converted
+
+    return Begun(model_dir, config) if is_converted(model_dir, config.quantization) else None
+
+
+def make_engine(
+    model_dir: Path, tails: TailCache, config: EngineConfig, begun: Begun | None = None
+) -> Engine:
     """The native engine; not started."""
     from kasa_runtime.engine.native.engine import NativeEngine
 
-    return NativeEngine(config, lambda: make_executor(model_dir, config), tails)
+    return NativeEngine(config, lambda: make_executor(model_dir, config, begun), tails)
 
 
-def make_executor(model_dir: Path, config: EngineConfig) -> Executor:
+def make_executor(model_dir: Path, config: EngineConfig, begun: Begun | None = None) -> Executor:
     """The executor that the configuration names; "auto" is OpenVINO where it serves this model as
     well, else torch; with a quantization it is OpenVINO alone. Step thread. Raises ModelError,
     ConfigError."""
@@ -31,11 +69,11 @@ def make_executor(model_dir: Path, config: EngineConfig) -> Executor:
     if config.executor == "openvino" or config.quantization != "none":
         if not _is_installed():
             raise ConfigError("executor openvino: the package is missing; pip install openvino")
-        return _openvino(model_dir, config)
+        return _openvino(model_dir, config, begun)
     why = _against_openvino(config)
     if why is None:
         try:
-            executor = _openvino(model_dir, config)
+            executor = _openvino(model_dir, config, begun)
         except ModelError as error:
             why = str(error)
         else:
@@ -57,6 +95,11 @@ def _against_openvino(config: EngineConfig) -> str | None:
     return None if _is_installed() else "openvino is not installed"
 
 
+def _may_have_gpu() -> bool:
+    """Without torch, which knows."""
+    return any(Path("/dev").glob("nvidia*")) or Path("/dev/kfd").exists()
+
+
 def _is_installed() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
@@ -67,7 +110,7 @@ def _torch(model_dir: Path, config: EngineConfig) -> Executor:
     return TorchExecutor(model_dir, config)
 
 
-def _openvino(model_dir: Path, config: EngineConfig) -> Executor:
+def _openvino(model_dir: Path, config: EngineConfig, begun: Begun | None) -> Executor:
     from kasa_runtime.engine.native.openvino.executor import OpenVinoExecutor
 
-    return OpenVinoExecutor(model_dir, config)
+    return OpenVinoExecutor(model_dir, config, begun.take() if begun else None)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_llama
 
 from adapter.making import load_base
-from kasa_runtime.adapter.base import BaseModel, LinearShape
+from kasa_runtime.adapter.base import BaseModel
+from kasa_runtime.adapter.skeleton import LinearShape
 from kasa_runtime.errors import ModelError
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from kasa_runtime.home import kasa_home
 
 pytest.importorskip("openvino")
 
+from kasa_runtime.engine.native.openvino import attention
 from kasa_runtime.engine.native.openvino.executor import OpenVinoExecutor
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -275,3 +277,20 @@ os.kill(os.getpid(), signal.SIGTERM)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "arrived\n"), ended.stderr
+
+
+def test_the_cache_begins_zeroed_and_keeps_what_steps_write_while_it_is_made_present(
+    tiny_llama: Path,
+) -> None:
+    executor = OpenVinoExecutor(tiny_llama, config())
+    caches = attention.allocate(executor._pristine.compiled, num_blocks=4096)
+    for number, tensor in enumerate(caches.values(), 1):
+        assert not tensor.data.any()
+        tensor.data[...] = number
+    for thread in threading.enumerate():
+        if thread.name == "kasa-populate":
+            thread.join()
+    for number, tensor in enumerate(caches.values(), 1):
+        assert (tensor.data == number).all()
+        assert tensor.data.ctypes.data % 64 == 0
+    executor.close()

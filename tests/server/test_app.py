@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from concurrent.futures import Future
 
 import grpc
 import pytest
@@ -80,16 +81,17 @@ async def test_dead_engine_ends_the_process_with_status_1(served, caplog):
 
 
 async def test_serve_prints_where_it_listens_and_closes_the_runtime(monkeypatch, capsys):
-    runtimes = []
+    runtimes, beginning = [], Future()
 
     class Factory:
         @staticmethod
-        async def create(config, observer):
+        async def create(config, observer, begun):
+            assert begun is beginning
             runtimes.append(FakeRuntime(observer))
             return runtimes[0]
 
     monkeypatch.setattr(app, "Runtime", Factory)
-    serving = asyncio.create_task(app.serve(app.RuntimeConfig(), CONFIG))
+    serving = asyncio.create_task(app.serve(app.RuntimeConfig(), CONFIG, beginning))
     while "listening grpc=127.0.0.1:" not in capsys.readouterr().out:
         await asyncio.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import GenerationConfig, PreTrainedModel
 
 SERVED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -64,6 +62,7 @@ def load_decoder(
 ) -> PreTrainedModel:
     """The model in the directory, for inference, with the attention function of this name. Raises
     ModelError."""
+    from torch import nn
     from transformers import AutoModelForCausalLM  # seconds of import
     from transformers.utils.logging import disable_progress_bar
 

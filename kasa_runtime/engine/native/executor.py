@@ -10,13 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from kasa_runtime.adapter.kasa import Tail
-from kasa_runtime.adapter.lora import AdapterWeights
+    from kasa_runtime.adapter.kasa import Tail
+    from kasa_runtime.adapter.lora import AdapterWeights
 
 NO_SLOT = -1
 """The slot of a row without an adapter."""
@@ -59,6 +59,8 @@ class PackedBatch:
     def pack(
         cls, token_ids: list[int], sequences: Sequence[SequenceSlice], logit_rows: list[int]
     ) -> PackedBatch:
+        import torch
+
         positions = [p for s in sequences for p in range(s.num_computed, s.context_len)]
         return cls(
             torch.tensor(token_ids),

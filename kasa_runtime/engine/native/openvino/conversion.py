@@ -15,12 +15,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.numpy import load_file, save_file
 
 from kasa_runtime.adapter.fingerprint import fingerprint
 from kasa_runtime.base_model.cache import build_once
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Of what is stored; raise it when that changes."""
+
+Probe: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,14 @@ class ConvertedModel:
     info: DecoderInfo
     layers: list[AttentionLayer]
     modules: dict[str, tuple[int, int]]  # linear layers: (out, in)
-    probe: tuple[Tensor, Tensor]
+    probe: Probe
 
 
 def converted(model_dir: Path, core: Any, quantization: str = "none") -> ConvertedModel:
     """The model of the directory, from the cache under KASA_HOME if it is there. One with a
     quantization is made from the float32 one, which is then in the cache too. Raises ModelError for
     one that cannot be converted, ConfigError where NNCF is needed and missing."""
-    key = _key(model_dir)
+    key = _key(model_dir, quantization)
 
     def build(to: Path) -> None:
         from kasa_runtime.engine.native.openvino import tracing  # transformers: seconds of import
@@ -76,9 +79,12 @@ def converted(model_dir: Path, core: Any, quantization: str = "none") -> Convert
             model = tracing.compressed(model_dir, converted(model_dir, core), quantization)
         _write(model, to)
 
-    if quantization != "none":
-        key += f"-{quantization}-{compression.VERSION}"
     return _cached(key, build, core)
+
+
+def is_converted(model_dir: Path, quantization: str = "none") -> bool:
+    """Whether the cache has it, so that `converted` only reads. Raises ModelError."""
+    return (kasa_home() / "openvino" / _key(model_dir, quantization)).is_dir()
 
 
 def _cached(key: str, build: Callable[[Path], None], core: Any) -> ConvertedModel:
@@ -97,12 +103,14 @@ def _cached(key: str, build: Callable[[Path], None], core: Any) -> ConvertedMode
     return _read(final, core)
 
 
-def _key(model_dir: Path) -> str:
+def _key(model_dir: Path, quantization: str) -> str:
     digest = hashlib.sha256()
     for name in ("config.json", "generation_config.json"):
         path = model_dir / name
         digest.update(path.read_bytes() if path.is_file() else b"-")
-    versions = (ov.__version__.split("-")[0], version("transformers"), str(VERSION))
+    versions = [ov.__version__.split("-")[0], version("transformers"), str(VERSION)]
+    if quantization != "none":
+        versions += [quantization, str(compression.VERSION)]
     return "-".join((fingerprint(model_dir)[:32], digest.hexdigest()[:12], *versions))
 
 
@@ -114,8 +122,8 @@ def _write(model: ConvertedModel, to: Path) -> None:
         "modules": model.modules,
     }
     (to / "model.json").write_text(json.dumps(about))
-    probe = dict(zip(("token_ids", "logits"), model.probe, strict=True))
-    save_file(probe, to / "probe.safetensors")
+    token_ids, logits = model.probe
+    save_file({"token_ids": token_ids, "logits": logits}, to / "probe.safetensors")
 
 
 def _read(directory: Path, core: Any) -> ConvertedModel:

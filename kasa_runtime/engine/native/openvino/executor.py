@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,10 @@ from kasa_runtime.engine.native.executor import (
     TailSource,
 )
 from kasa_runtime.engine.native.openvino import attention, linears
-from kasa_runtime.engine.native.openvino.conversion import ConvertedModel, converted
-from kasa_runtime.engine.native.openvino.lowrank import LowRank
-from kasa_runtime.engine.native.openvino.native import compiled_library
-from kasa_runtime.engine.native.openvino.settings import (
-    core,
-    plugin_options,
-    require_float32_on_cpu,
-)
+from kasa_runtime.engine.native.openvino.conversion import ConvertedModel
+from kasa_runtime.engine.native.openvino.graph import AdaptedGraph, Weights, plugin_errors
 from kasa_runtime.engine.native.probe import require_split_prompts
-from kasa_runtime.errors import CapacityExceeded, KasaError, ModelError
+from kasa_runtime.errors import CapacityExceeded, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -50,43 +43,28 @@ TOLERANCE = 1e-3
 """Of the logits against transformers' own, relative to their spread."""
 
 
-@dataclass(frozen=True)
-class Weights:
-    """One compiled graph: the pristine weights, or those with an adapter merged."""
-
-    graph: Any
-    compiled: Any
-    request: Any
-
-
 class OpenVinoExecutor(Executor):
     """One model on the CPU. Constructed on the step thread. Raises ModelError, ConfigError."""
 
     name = "openvino"
 
-    def __init__(self, model_dir: Path, config: EngineConfig) -> None:
-        require_float32_on_cpu(config)
+    def __init__(
+        self, model_dir: Path, config: EngineConfig, built: AdaptedGraph | None = None
+    ) -> None:
+        """`built`: of this directory and configuration, where there is one already."""
         set_torch_threads(1)  # for sampling alone: a second pool would spin beside OpenVINO's
-        self._core = core()
-        self._options = plugin_options(config)
+        self._graph = built or AdaptedGraph(model_dir, config)
+        model = self._graph.model
+        self._low_rank, self._adaptable = self._graph.low_rank, self._graph.adaptable
+        self._pristine = self._weights = self._graph.pristine
+        self._merged_slot = NO_SLOT
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
-        self._caches: dict[str, Any] = {}
-        library = compiled_library()
-        model = converted(model_dir, self._core, config.quantization)
-        try:
-            self._build(model, LowRank(library, model.modules, config.max_slots))
+        with plugin_errors(model.info.architecture):
             self._describe(model, config)
             self._caches = attention.allocate(self._pristine.compiled, self.num_blocks)
             self._give_caches(self._pristine.request)
             self._require_parity(model)
             require_split_prompts(self, model.info.architecture, 0.01)
-        except KasaError:
-            raise
-        except Exception as error:  # the plugin, which raises RuntimeError for everything
-            raise ModelError(
-                f"{model.info.architecture} does not run on OpenVINO {ov.__version__}: {error}; "
-                "use --executor torch"
-            ) from error
         huge_pages.collapse_in_background()
 
     def run(self, batch: PackedBatch) -> Tensor:
@@ -104,7 +82,7 @@ class OpenVinoExecutor(Executor):
         return torch.from_numpy(request.get_tensor("logits").data)
 
     def prepare_load(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> Commit:
-        missing = [name for name in adapter.modules if name not in self._shapes]
+        missing = [name for name in adapter.modules if name not in self._graph.shapes]
         if missing:
             raise CapacityExceeded(f"{adapter.key}: this engine cannot adapt {missing[0]}")
         switch = self._open(adapter.modules.keys(), tails)
@@ -137,28 +115,11 @@ class OpenVinoExecutor(Executor):
 
     def weights(self) -> dict[str, Tensor]:
         """Dense copies of the weights that are served now, by layer. For tests and checks."""
-        nodes = linears.linear_nodes(self._weights.graph, self._shapes)
+        nodes = linears.linear_nodes(self._weights.graph, self._graph.shapes)
         return {name: linears.weight(node) for name, node in nodes.items()}
 
-    def _build(self, model: ConvertedModel, low_rank: LowRank) -> None:
-        attention.close(model.graph, model.layers)
-        self._graph, self._low_rank = model.graph, low_rank
-        nodes = linears.linear_nodes(model.graph, model.modules)
-        self._shapes = {name: model.modules[name] for name in nodes}
-        # Logits are large, and few adapters change the layer that makes them.
-        self._adaptable = nodes.keys() - linears.below_logit_rows(model.graph, nodes)
-        self._pristine = self._weights = self._compile({}, self._adaptable)
-        self._merged_slot = NO_SLOT
-
     def _compile(self, merged: Mapping[str, Tensor], adaptable: Set[str]) -> Weights:
-        """The model with these weights in the place of its own, by layer."""
-        graph = self._graph.clone()
-        nodes = linears.linear_nodes(graph, self._shapes)
-        for name, weight in merged.items():
-            linears.set_weight(nodes[name], weight)
-        self._low_rank.add(graph, {n: node for n, node in nodes.items() if n in adaptable})
-        compiled = self._core.compile_model(graph, "CPU", self._options)
-        weights = Weights(graph, compiled, compiled.create_infer_request())
+        weights = self._graph.compile(merged, adaptable)
         self._give_caches(weights.request)
         return weights
 
@@ -166,7 +127,7 @@ class OpenVinoExecutor(Executor):
         start_s = time.monotonic()
         modules = self._adapters[slot].modules
         merged = {}
-        for name, node in linears.linear_nodes(self._graph, modules).items():
+        for name, node in linears.linear_nodes(self._graph.model.graph, modules).items():
             delta = modules[name]
             tail = tails.get(name, delta.t)
             merged[name] = merged_weight(linears.weight(node), delta.a, delta.b, tail)
@@ -205,7 +166,7 @@ class OpenVinoExecutor(Executor):
     def _require_parity(self, model: ConvertedModel) -> None:
         """Raises ModelError where the graph's logits are not those of transformers: a trace keeps
         the path that its example took."""
-        token_ids, want = model.probe
+        token_ids, want = map(torch.tensor, model.probe)
         token_ids = token_ids[: self.num_blocks * self.block_size]
         if len(token_ids) < len(model.probe[0]):
             return  # a cache for tests

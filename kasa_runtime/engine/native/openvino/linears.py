@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino.opset13 as ops
-from torch import Tensor, from_numpy
 
 from kasa_runtime.engine.native.openvino import compression
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX = "__module.decoder."
 """What the tracer puts before a module's path in the names of its operations."""
@@ -38,6 +40,8 @@ def weight_node(linear: Any) -> Any:
 
 def weight(linear: Any) -> Tensor:
     """A copy of the layer's weight (out, in), float32."""
+    from torch import from_numpy
+
     stored = compression.dense(weight_node(linear))
     return from_numpy(stored if linear.get_attributes()["transpose_b"] else stored.T.copy())
 

@@ -15,17 +15,20 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from openvino.utils.node_factory import NodeFactory
-from torch import Tensor
 
-from kasa_runtime.adapter.kasa import Tail
-from kasa_runtime.adapter.lora import AdapterWeights, ModuleDelta
 from kasa_runtime.engine.native.executor import NO_SLOT, PackedBatch, TailSource
 from kasa_runtime.engine.native.openvino.linears import below_logit_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kasa_runtime.adapter.kasa import Tail
+    from kasa_runtime.adapter.lora import AdapterWeights, ModuleDelta
 
 ALL_ROWS, LOGIT_ROWS = 0, 1
 """Which rows of a step an operation sees."""

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kasa_runtime.adapter.base import linear_layers
+from kasa_runtime.adapter.skeleton import linear_layers
 from kasa_runtime.engine.native.decoder import DecoderInfo, load_decoder
 from kasa_runtime.engine.native.openvino import compression, linears
-from kasa_runtime.engine.native.openvino.conversion import AttentionLayer, ConvertedModel
+from kasa_runtime.engine.native.openvino.conversion import AttentionLayer, ConvertedModel, Probe
 from kasa_runtime.errors import KasaError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def _trace(model: PreTrainedModel, layers: list[AttentionLayer]) -> Any:
     return graph
 
 
-def _reference(model: PreTrainedModel, info: DecoderInfo) -> tuple[Tensor, Tensor]:
+def _reference(model: PreTrainedModel, info: DecoderInfo) -> Probe:
     """A prompt and transformers' own logits of its last tokens, with its own attention."""
     length = min(PROBE_TOKENS, info.max_positions)
     draw = np.random.default_rng(0)
@@ -221,4 +221,4 @@ def _reference(model: PreTrainedModel, info: DecoderInfo) -> tuple[Tensor, Tenso
         logits = model(
             input_ids=token_ids[None], use_cache=False, logits_to_keep=PROBE_LOGITS
         ).logits[0]
-    return token_ids, logits.float().contiguous()
+    return token_ids.numpy(), logits.float().contiguous().numpy()

@@ -1,0 +1,84 @@
+"""A model's graph with all that the engine puts into it, compiled.
+
+Imports no torch: compiling takes as long as importing torch does, and at start-up both go on at the
+same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import openvino as ov
+
+from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.engine.native.openvino import attention, linears
+from kasa_runtime.engine.native.openvino.conversion import converted
+from kasa_runtime.engine.native.openvino.lowrank import LowRank
+from kasa_runtime.engine.native.openvino.native import compiled_library
+from kasa_runtime.engine.native.openvino.settings import (
+    core,
+    plugin_options,
+    require_float32_on_cpu,
+)
+from kasa_runtime.errors import KasaError, ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One compiled graph: the pristine weights, or those with an adapter merged."""
+
+    graph: Any
+    compiled: Any
+    request: Any
+
+
+class AdaptedGraph:
+    """The model in the directory with paged attention and low-rank operations; `pristine` is
+    compiled, with `adaptable` layers. Raises ModelError, ConfigError."""
+
+    def __init__(self, model_dir: Path, config: EngineConfig) -> None:
+        require_float32_on_cpu(config)
+        self._core = core()
+        self._options = plugin_options(config)
+        library = compiled_library()
+        self.model = converted(model_dir, self._core, config.quantization)
+        with plugin_errors(self.model.info.architecture):
+            self.low_rank = LowRank(library, self.model.modules, config.max_slots)
+            attention.close(self.model.graph, self.model.layers)
+            nodes = linears.linear_nodes(self.model.graph, self.model.modules)
+            self.shapes = {name: self.model.modules[name] for name in nodes}
+            # Logits are large, and few adapters change the layer that makes them.
+            below = linears.below_logit_rows(self.model.graph, nodes)
+            self.adaptable: Set[str] = nodes.keys() - below
+            self.pristine = self.compile({}, self.adaptable)
+
+    def compile(self, merged: Mapping[str, Tensor], adaptable: Set[str]) -> Weights:
+        """The model with these weights in the place of its own, by layer."""
+        graph = self.model.graph.clone()
+        nodes = linears.linear_nodes(graph, self.shapes)
+        for name, weight in merged.items():
+            linears.set_weight(nodes[name], weight)
+        self.low_rank.add(graph, {n: node for n, node in nodes.items() if n in adaptable})
+        compiled = self._core.compile_model(graph, "CPU", self._options)
+        return Weights(graph, compiled, compiled.create_infer_request())
+
+
+@contextmanager
+def plugin_errors(architecture: str) -> Iterator[None]:
+    """Turn what the plugin raises, which is RuntimeError for everything, into a ModelError."""
+    try:
+        yield
+    except KasaError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{architecture} does not run on OpenVINO {ov.__version__}: {error}; "
+            "use --executor torch"
+        ) from error
