@@ -2,19 +2,18 @@
 do without: a process that imports the same libraries and reads the weights. Both are new processes,
 taking turns, so that noise hits both alike.
 
-python benchmarks/startup.py [--model M] [--rounds N] [--adapters DIR --adapter NAME] [--cold]
+python benchmarks/startup.py [--model M] [--rounds N] [--adapters DIR --adapter NAME]
                              [--json FILE]
 
 Prints, of every round and as median (low to high): seconds from the start of the process to the
-server's readiness and to the first token, seconds of the baseline, and their ratio. The first start
-fills the caches and is not counted.
+server's readiness and to the first token, seconds of the baseline, and their ratio. A first start
+of each fills the caches, the page cache too, and is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import signal
 import subprocess
@@ -31,7 +30,6 @@ from benchmarks.peers.measures import Spread
 from benchmarks.peers.report import show
 from kasa_runtime.base_model.source import resolve
 from kasa_runtime.client import Client
-from kasa_runtime.home import kasa_home
 
 PROMPT = "The capital of France is"
 LIBRARIES = (
@@ -108,11 +106,10 @@ def start_baseline(weights: Path) -> float:
 def measure(arguments: argparse.Namespace, weights: Path, adapters: Path) -> Iterable[Round]:
     """One round after the other; who goes first alternates."""
     start_server(arguments, adapters)
+    start_baseline(weights)
     for index in range(arguments.rounds):
         server, baseline = (0.0, 0.0), 0.0
         for is_server in (True, False) if index % 2 else (False, True):
-            if arguments.cold:
-                forget_pages(weights)
             if is_server:
                 server = start_server(arguments, adapters)
             else:
@@ -120,23 +117,10 @@ def measure(arguments: argparse.Namespace, weights: Path, adapters: Path) -> Ite
         yield Round(*server, baseline, server[1] / baseline)
 
 
-def forget_pages(weights: Path) -> None:
-    """Drop the weights, also converted ones, from the page cache."""
-    os.sync()
-    for path in (weights, *(kasa_home() / "openvino").glob("*/model.bin")):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
 def main(arguments: argparse.Namespace) -> None:
     weights = max(resolve(arguments.model).glob("*.safetensors"), key=lambda p: p.stat().st_size)
-    pages = "dropped from the page cache" if arguments.cold else "in the page cache"
-    print(
-        f"{machine()}; {arguments.model}, adapter: {arguments.adapter or 'none'}; weights {pages}"
-    )
+    print(f"{machine()}; {arguments.model}, adapter: {arguments.adapter or 'none'}")
+    print("weights in the page cache")
     rounds = []
     with tempfile.TemporaryDirectory() as empty:
         for found in measure(arguments, weights, arguments.adapters or Path(empty)):
@@ -163,6 +147,5 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--adapters", type=Path, help="directory of adapters; default: none")
     parser.add_argument("--adapter", default="", help="whose first token; default: the base's")
-    parser.add_argument("--cold", action="store_true", help="drop the weights from the page cache")
     parser.add_argument("--json", type=Path)
     main(parser.parse_args())
