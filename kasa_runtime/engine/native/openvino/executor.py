@@ -35,14 +35,19 @@ from kasa_runtime.engine.native.openvino import attention, linears
 from kasa_runtime.engine.native.openvino.conversion import ConvertedModel, converted
 from kasa_runtime.engine.native.openvino.lowrank import LowRank
 from kasa_runtime.engine.native.openvino.native import compiled_library
-from kasa_runtime.engine.native.openvino.settings import plugin_options, require_float32_on_cpu
+from kasa_runtime.engine.native.openvino.settings import (
+    FLOAT_ACTIVATIONS,
+    plugin_options,
+    require_float32_on_cpu,
+)
 from kasa_runtime.engine.native.probe import require_split_prompts
 from kasa_runtime.errors import CapacityExceeded, KasaError, ModelError
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-3
-"""Of the logits against transformers' own, relative to their spread."""
+TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.5
+"""Of the logits against transformers' own, relative to their spread: with float32 activations, and
+once more with those that are rounded."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class OpenVinoExecutor(Executor):
         require_float32_on_cpu(config)
         set_torch_threads(1)  # for sampling alone: a second pool would spin beside OpenVINO's
         self._core = ov.Core()
-        self._options = plugin_options(config)
+        self._options: Mapping[str, Any] = {**plugin_options(config), **FLOAT_ACTIVATIONS}
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
         self._caches: dict[str, Any] = {}
         library = compiled_library()
@@ -73,8 +78,9 @@ class OpenVinoExecutor(Executor):
             self._describe(model, config)
             self._caches = attention.allocate(self._pristine.compiled, self.num_blocks)
             self._give_caches(self._pristine.request)
-            self._require_parity(model)
+            self._require_parity(model, TOLERANCE)
             require_split_prompts(self, model.info.architecture, 0.01)
+            self._set_options(model, plugin_options(config))
         except KasaError:
             raise
         except Exception as error:  # the plugin, which raises RuntimeError for everything
@@ -144,6 +150,14 @@ class OpenVinoExecutor(Executor):
         self._pristine = self._weights = self._compile({}, self._adaptable)
         self._merged_slot = NO_SLOT
 
+    def _set_options(self, model: ConvertedModel, options: Mapping[str, Any]) -> None:
+        """Those to serve with, after the checks that need float32 activations."""
+        if options == self._options:
+            return
+        self._options = options
+        self._pristine = self._weights = self._compile({}, self._adaptable)
+        self._require_parity(model, ROUNDED_TOLERANCE)
+
     def _compile(self, merged: Mapping[str, Tensor], adaptable: Set[str]) -> Weights:
         """The model with these weights in the place of its own, by layer."""
         graph = self._graph.clone()
@@ -195,7 +209,7 @@ class OpenVinoExecutor(Executor):
         token_bytes = 4 * sum(heads * dim for heads, _, dim in shapes)
         self.num_blocks = config.num_cache_blocks(self.block_size, token_bytes, self.context_length)
 
-    def _require_parity(self, model: ConvertedModel) -> None:
+    def _require_parity(self, model: ConvertedModel, tolerance: float) -> None:
         """Raises ModelError where the graph's logits are not those of transformers: a trace keeps
         the path that its example took."""
         token_ids, want = model.probe
@@ -206,7 +220,7 @@ class OpenVinoExecutor(Executor):
         blocks = range(-(-len(token_ids) // self.block_size))
         seq = SequenceSlice(len(token_ids), 0, blocks, NO_SLOT)
         found = self.run(PackedBatch.pack(token_ids.tolist(), [seq], list(rows)))
-        if not torch.dist(found, want) <= TOLERANCE * torch.dist(want, want.mean()):
+        if not torch.dist(found, want) <= tolerance * torch.dist(want, want.mean()):
             raise ModelError(
                 f"{model.info.architecture} has other logits in OpenVINO than in transformers "
                 f"(by {float((found - want).abs().max()):.1e}); use --executor torch"
