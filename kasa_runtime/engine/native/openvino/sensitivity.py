@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kasa_runtime.engine.native.openvino import linears
 
-SHARE = 0.02
+SHARE = 0.04
 """Of the weights of all layers: what the most sensitive ones may hold together."""
 
 NUM_TOKENS = 32
@@ -29,20 +29,21 @@ NUM_TOKENS = 32
 def most_sensitive(
     model: PreTrainedModel, rounded: Mapping[str, Any], max_positions: int
 ) -> list[str]:
-    """The layers with the largest divergence that have SHARE of all weights. `rounded` are the
-    products by integers that the layers become."""
+    """The layers with the largest divergence per weight that have SHARE of all weights. `rounded`
+    are the products by integers that the layers become."""
     token_ids = _sampled(model, min(NUM_TOKENS, max_positions))
     sizes = {name: weight(model, name).numel() for name in rounded}
     left = SHARE * sum(sizes.values())
     want = _log_probabilities(model, token_ids)
-    divergence = dict[str, float]()
+    lost = dict[str, float]()
     for name, node in rounded.items():
         if sizes[name] <= left:
             with _replaced(weight(model, name), linears.weight(node)):
                 found = _log_probabilities(model, token_ids)
-            divergence[name] = float(kl_div(found, want, reduction="sum", log_target=True))
+            divergence = float(kl_div(found, want, reduction="sum", log_target=True))
+            lost[name] = divergence / sizes[name]
     chosen = []
-    for name in sorted(divergence, key=divergence.__getitem__, reverse=True):
+    for name in sorted(lost, key=lost.__getitem__, reverse=True):
         if sizes[name] <= left:
             chosen.append(name)
             left -= sizes[name]
