@@ -4,9 +4,12 @@ that stay the same, of the base and of adapters, against float32 on the same row
 python benchmarks/quantization.py [--data NAME[=FILE] ...] [--quantization Q ...] [--rows N]
                                   [--tokens N] [--model M] [--threads N] [--json FILE]
 
+Q is int8 or int4, with activations rounded too, or int8/float32 or int4/float32, without.
+
 NAME is an adapter of this repository, trained by examples/NAME/run.toml, which also says how rows
 become prompts; FILE has its test rows where they are not beside it. Perplexity is over the tokens
-of the answers. Agreement is over the first N tokens of each answer, or up to where float32 ends it.
+of the answers; the standard error of its change is that of paired rows. Agreement is over the
+first N tokens of each answer, or up to where float32 ends it.
 """
 
 from __future__ import annotations
@@ -49,8 +52,20 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    perplexity: float
+    losses: Tensor  # (rows,) nats
+    num_tokens: Tensor  # (rows,) of the answers
     greedy: list[list[int]]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(float(self.losses.sum() / self.num_tokens.sum()))
+
+    def change(self, want: Measured) -> tuple[float, float]:
+        """Of the perplexity, relative to `want`'s, and its standard error."""
+        by_row, total = self.losses - want.losses, self.num_tokens.sum()
+        mean = by_row.sum() / total
+        error = (by_row - mean * self.num_tokens).norm() / total
+        return math.expm1(float(mean)), float(error)
 
     def agreement(self, want: list[list[int]]) -> float:
         """The share of the tokens in `want` that are the same here."""
@@ -89,14 +104,15 @@ def load_adapters(executor: Executor, base: BaseModel, tasks: list[Task]) -> Non
 
 
 def measure(executor: Executor, task: Task, slot: int, num_tokens: int) -> Measured:
-    loss, greedy = 0.0, []
+    losses, greedy = list[float](), list[list[int]]()
     for i in range(0, len(task.prompts), BATCH):
         prompts, answers = task.prompts[i : i + BATCH], task.answers[i : i + BATCH]
-        loss += sum(
+        losses += [
             negative_log_likelihood(executor, *p, slot) for p in zip(prompts, answers, strict=True)
-        )
+        ]
         greedy += generate(executor, prompts, slot, num_tokens)
-    return Measured(math.exp(loss / sum(map(len, task.answers))), greedy)
+    lengths = torch.tensor([len(answer) for answer in task.answers])
+    return Measured(torch.tensor(losses), lengths, greedy)
 
 
 def negative_log_likelihood(
@@ -148,45 +164,48 @@ def main(args: argparse.Namespace) -> None:
         for who, slot in (("base", NO_SLOT), ("adapter", task.slot))
     }
     found: dict[str, dict[str, Measured]] = {}
-    for quantization in ("none", *args.quantization):
+    for spec in ("none", *args.quantization):
+        quantization, _, activations = spec.partition("/")
         config = EngineConfig(
             executor="openvino",
             quantization=quantization,
+            activations=activations or "int8",
             threads=args.threads,
             max_num_seqs=BATCH,
             max_model_len=1024,
         )
         executor = make_executor(model_dir, config)
         load_adapters(executor, BaseModel(model_dir), tasks)
-        found[quantization] = {
+        found[spec] = {
             case: measure(executor, task, slot, args.tokens) for case, (task, slot) in cases.items()
         }
         executor.close()
-        report(quantization, found)
+        report(spec, found)
     if args.json:
         args.json.write_text(json.dumps(summary(found), indent=2))
 
 
-def report(quantization: str, found: dict[str, dict[str, Measured]]) -> None:
-    for case, values in summary(found)[quantization].items():
+def report(spec: str, found: dict[str, dict[str, Measured]]) -> None:
+    for case, values in summary(found)[spec].items():
         print(
-            f"{quantization:5} {case:18} perplexity {values['perplexity']:8.4f} "
-            f"({values['change']:+.2%})   agreement {values['agreement']:.1%}",
+            f"{spec:12} {case:18} perplexity {values['perplexity']:8.4f} "
+            f"({values['change']:+.2%} ± {values['error']:.2%})   "
+            f"agreement {values['agreement']:.1%}",
             flush=True,
         )
 
 
 def summary(found: dict[str, dict[str, Measured]]) -> dict[str, dict[str, dict[str, float]]]:
     return {
-        quantization: {
+        spec: {
             case: {
                 "perplexity": one.perplexity,
-                "change": one.perplexity / found["none"][case].perplexity - 1,
+                **dict(zip(("change", "error"), one.change(found["none"][case]), strict=True)),
                 "agreement": one.agreement(found["none"][case].greedy),
             }
             for case, one in cases.items()
         }
-        for quantization, cases in found.items()
+        for spec, cases in found.items()
     }
 
 

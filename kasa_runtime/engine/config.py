@@ -30,6 +30,14 @@ class EngineConfig:
             "needs nncf); adapters stay float32, and layers with a merged adapter become it"
         },
     )
+    activations: Literal["int8", "float32"] = field(
+        default="int8",
+        metadata={
+            "help": "what integer weights are multiplied by; int8: activations rounded to 8 bits "
+            "on the way, in groups, the fast way on processors with VNNI (others take float32); "
+            "float32: exact"
+        },
+    )
     device: str = field(
         default="auto", metadata={"help": "auto (CUDA when there is one), cpu, cuda or cuda:N"}
     )
@@ -76,7 +84,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for name in ("executor", "dtype", "quantization"):
+        for name in ("executor", "dtype", "quantization", "activations"):
             if getattr(self, name) not in (allowed := get_args(hints[name])):
                 raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in (

@@ -3,11 +3,18 @@
 Legend: codes and zero point z are integers of 8 or 4 bits, the scale is float16; a weight that the
 graph computes with is W = (codes - z) * scale, in float32. int8 has a scale and a z for every
 output feature; int4 for every group of input features of one output feature, and embeddings stay
-int8. The CPU plugin multiplies by the codes without ever making W.
+int8. The few layers that lose most by it stay float32 (`sensitivity.py`). The CPU plugin multiplies
+by the codes without ever making W.
 
 An adapter's delta is added to W as to any base: W - P Q + s B diag(d) A, where P Q is the tail of
 the weight that was compressed, against which the adapter was trained. Merged weights are that sum
-in float32: exact, so that merged and batched agree, at float32's cost in the adapter's layers.
+in float32, exact, at float32's cost in the adapter's layers.
+
+With activations in 8 bits (`settings.py`), on processors with VNNI, the plugin multiplies integers
+by integers: in x W^T, and there alone, it rounds every 32 features of a row x to multiples of a
+127th of the largest of them. An adapter's delta and merged weights are still multiplied by x
+itself, so merged and batched agree but for what that rounding does; with float32 activations they
+agree.
 
 NNCF is needed to compress, not to serve what was compressed before.
 """
@@ -24,7 +31,7 @@ import numpy as np
 
 from kasa_runtime.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 """Of how weights are compressed; raise it when that changes."""
 
 GROUP_SIZE = 32

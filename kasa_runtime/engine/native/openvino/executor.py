@@ -34,13 +34,15 @@ from kasa_runtime.engine.native.executor import (
 from kasa_runtime.engine.native.openvino import attention, linears
 from kasa_runtime.engine.native.openvino.conversion import ConvertedModel
 from kasa_runtime.engine.native.openvino.graph import AdaptedGraph, Weights, plugin_errors
+from kasa_runtime.engine.native.openvino.settings import plugin_options
 from kasa_runtime.engine.native.probe import require_split_prompts
 from kasa_runtime.errors import CapacityExceeded, ModelError
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-3
-"""Of the logits against transformers' own, relative to their spread."""
+TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.5
+"""Of the logits against transformers' own, relative to their spread: with float32 activations, and
+once more with those that are rounded."""
 
 
 class OpenVinoExecutor(Executor):
@@ -57,14 +59,16 @@ class OpenVinoExecutor(Executor):
         model = self._graph.model
         self._low_rank, self._adaptable = self._graph.low_rank, self._graph.adaptable
         self._pristine = self._weights = self._graph.pristine
+        del self._graph.pristine  # gigabytes, if others take its place
         self._merged_slot = NO_SLOT
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
         with plugin_errors(model.info.architecture):
             self._describe(model, config)
             self._caches = attention.allocate(self._pristine.compiled, self.num_blocks)
             self._give_caches(self._pristine.request)
-            self._require_parity(model)
+            self._require_parity(model, TOLERANCE)
             require_split_prompts(self, model.info.architecture, 0.01)
+            self._set_options(plugin_options(config))
         huge_pages.collapse_in_background()
 
     def run(self, batch: PackedBatch) -> Tensor:
@@ -118,6 +122,14 @@ class OpenVinoExecutor(Executor):
         nodes = linears.linear_nodes(self._weights.graph, self._graph.shapes)
         return {name: linears.weight(node) for name, node in nodes.items()}
 
+    def _set_options(self, options: Mapping[str, Any]) -> None:
+        """Those to serve with, after the checks that need float32 activations."""
+        if options == self._graph.options:
+            return
+        self._graph.options = options
+        self._pristine = self._weights = self._compile({}, self._adaptable)
+        self._require_parity(self._graph.model, ROUNDED_TOLERANCE)
+
     def _compile(self, merged: Mapping[str, Tensor], adaptable: Set[str]) -> Weights:
         weights = self._graph.compile(merged, adaptable)
         self._give_caches(weights.request)
@@ -163,7 +175,7 @@ class OpenVinoExecutor(Executor):
         token_bytes = 4 * sum(heads * dim for heads, _, dim in shapes)
         self.num_blocks = config.num_cache_blocks(self.block_size, token_bytes, self.context_length)
 
-    def _require_parity(self, model: ConvertedModel) -> None:
+    def _require_parity(self, model: ConvertedModel, tolerance: float) -> None:
         """Raises ModelError where the graph's logits are not those of transformers: a trace keeps
         the path that its example took."""
         token_ids, want = map(torch.tensor, model.probe)
@@ -174,7 +186,7 @@ class OpenVinoExecutor(Executor):
         blocks = range(-(-len(token_ids) // self.block_size))
         seq = SequenceSlice(len(token_ids), 0, blocks, NO_SLOT)
         found = self.run(PackedBatch.pack(token_ids.tolist(), [seq], list(rows)))
-        if not torch.dist(found, want) <= TOLERANCE * torch.dist(want, want.mean()):
+        if not torch.dist(found, want) <= tolerance * torch.dist(want, want.mean()):
             raise ModelError(
                 f"{model.info.architecture} has other logits in OpenVINO than in transformers "
                 f"(by {float((found - want).abs().max()):.1e}); use --executor torch"

@@ -20,6 +20,7 @@ from kasa_runtime.engine.native.openvino.conversion import converted
 from kasa_runtime.engine.native.openvino.lowrank import LowRank
 from kasa_runtime.engine.native.openvino.native import compiled_library
 from kasa_runtime.engine.native.openvino.settings import (
+    FLOAT_ACTIVATIONS,
     core,
     plugin_options,
     require_float32_on_cpu,
@@ -41,12 +42,13 @@ class Weights:
 
 class AdaptedGraph:
     """The model in the directory with paged attention and low-rank operations; `pristine` is
-    compiled, with `adaptable` layers. Raises ModelError, ConfigError."""
+    compiled, with `adaptable` layers and float32 activations; `compile` goes by the `options` that
+    are set. Raises ModelError, ConfigError."""
 
     def __init__(self, model_dir: Path, config: EngineConfig) -> None:
         require_float32_on_cpu(config)
         self._core = core()
-        self._options = plugin_options(config)
+        self.options: Mapping[str, Any] = {**plugin_options(config), **FLOAT_ACTIVATIONS}
         library = compiled_library()
         self.model = converted(model_dir, self._core, config.quantization)
         with plugin_errors(self.model.info.architecture):
@@ -66,7 +68,7 @@ class AdaptedGraph:
         for name, weight in merged.items():
             linears.set_weight(nodes[name], weight)
         self.low_rank.add(graph, {n: node for n, node in nodes.items() if n in adaptable})
-        compiled = self._core.compile_model(graph, "CPU", self._options)
+        compiled = self._core.compile_model(graph, "CPU", self.options)
         return Weights(graph, compiled, compiled.create_infer_request())
 
 

@@ -10,6 +10,11 @@ import openvino as ov
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import ConfigError
 
+ACTIVATION_GROUP = 32
+"""Input features of a row that share a scale while they are multiplied by integers, as integers."""
+
+FLOAT_ACTIVATIONS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+
 
 @cache
 def core() -> Any:
@@ -21,14 +26,16 @@ def core() -> Any:
 
 def plugin_options(config: EngineConfig) -> dict[str, Any]:
     """One stream: a step is one inference, which has all threads."""
-    return {
+    options = {
         "INFERENCE_PRECISION_HINT": "f32",
         "KV_CACHE_PRECISION": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # integer weights, but float32 activations
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": ACTIVATION_GROUP,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": config.num_threads,
     }
+    is_rounded = config.quantization != "none" and config.activations == "int8"
+    return options if is_rounded else {**options, **FLOAT_ACTIVATIONS}
 
 
 def require_float32_on_cpu(config: EngineConfig) -> None:

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kasa_runtime.adapter.skeleton import linear_layers
 from kasa_runtime.engine.native.decoder import DecoderInfo, load_decoder
-from kasa_runtime.engine.native.openvino import compression, linears
+from kasa_runtime.engine.native.openvino import compression, linears, sensitivity
 from kasa_runtime.engine.native.openvino.conversion import AttentionLayer, ConvertedModel, Probe
 from kasa_runtime.errors import KasaError, ModelError
 
@@ -60,13 +60,18 @@ def convert(model_dir: Path) -> ConvertedModel:
 
 
 def compressed(model_dir: Path, base: ConvertedModel, quantization: str) -> ConvertedModel:
-    """`base` with its weights as integers; the probe is transformers' with what they stand for."""
+    """`base` with its weights as integers, but for the layers that lose most by it; the probe is
+    transformers' with what the integers stand for."""
     logger.info("compressing %s to %s, once", model_dir, quantization)
     start_s = time.monotonic()
     graph = compression.compress(base.graph, quantization)
     model = load_decoder(
         model_dir, dtype=torch.float32, device=torch.device("cpu"), attention="eager"
     )
+    nodes = linears.linear_nodes(graph, base.modules)
+    for name in sensitivity.most_sensitive(model, nodes, base.info.max_positions):
+        linears.set_weight(nodes[name], sensitivity.weight(model, name))
+        logger.info("%s stays float32", name)
     _round_weights(model, graph, base.modules)
     probe = _reference(model, base.info)
     logger.info("compressed in %.1f s", time.monotonic() - start_s)
