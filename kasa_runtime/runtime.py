@@ -35,7 +35,8 @@ from kasa_runtime.types import (
 )
 
 if TYPE_CHECKING:
-    from kasa_runtime.adapter.manager import AdapterManager, Lease
+    from kasa_runtime.adapter.manager import AdapterManager
+    from kasa_runtime.adapter.residency import Lease
     from kasa_runtime.adapter.upload import Upload
     from kasa_runtime.engine.base import Engine
     from kasa_runtime.engine.factory import Begun

@@ -17,7 +17,6 @@ import torch
 from adapter.fake_host import FakeHost, Recorder
 from adapter.making import LAYER, edit_json, edit_tensors, make_adapter, write_adapter
 from kasa_runtime.adapter import checkpoint
-from kasa_runtime.adapter import manager as manager_module
 from kasa_runtime.adapter.checkpoint import CONFIG_FILE, META_FILE, WEIGHTS_FILE
 from kasa_runtime.adapter.manager import AdapterManager
 from kasa_runtime.adapter.store import AdapterStore, content_digest
@@ -106,7 +105,7 @@ def start(root: Path, tails) -> Callable[..., object]:
                 yield bench
             finally:
                 await bench.manager.close()
-        assert bench.host.loaded.keys() == bench.manager._resident.keys()
+        assert bench.host.loaded.keys() == bench.manager._residency._resident.keys()
 
     return start
 
@@ -275,7 +274,7 @@ class TestFailedLoad:
             await until(lambda: bool(bench.host.calls))
             await holder.cancel()
             let_load.set()
-            await until(lambda: not bench.manager._resident)
+            await until(lambda: not bench.manager._residency._resident)
             bench.host.failing.clear()
             await bench.manager.load("a")
 
@@ -383,7 +382,7 @@ class TestSlots:
             await bench.manager.rescan(settled=True)
             assert bench.host.calls == [f"load a@{one}"]
             let_load.set()
-            await until(lambda: not bench.manager._resident)
+            await until(lambda: not bench.manager._residency._resident)
             assert bench.host.calls == [f"load a@{one}", f"unload a@{one}"]
 
     @pytest.mark.parametrize("times", [1, 2])
@@ -445,7 +444,7 @@ class TestSlots:
                     holder.let_go.set()
             results = await asyncio.gather(*(h.task for h in holders), return_exceptions=True)
             assert all(r is None or isinstance(r, asyncio.CancelledError) for r in results)
-            await until(lambda: all(r.idle for r in bench.manager._resident.values()))
+            await until(lambda: all(r.idle for r in bench.manager._residency._resident.values()))
 
 
 class TestReplacing:
@@ -853,7 +852,7 @@ class TestDirectory:
 
     async def test_is_looked_at_again_and_again(self, root, tails, put):
         bench = Bench(root, tails, 2)
-        bench.manager._poll_interval_s = 0.01
+        bench.manager._watcher._poll_interval_s = 0.01
         await bench.manager.start()
         put("a")
         await until(lambda: bool(bench.manager.list()))
@@ -863,7 +862,7 @@ class TestDirectory:
         self, root, tails, put, monkeypatch, caplog
     ):
         bench = Bench(root, tails, 2)
-        bench.manager._poll_interval_s = 0.01
+        bench.manager._watcher._poll_interval_s = 0.01
         await bench.manager.start()
         with monkeypatch.context() as patch:
             for error in (PermissionError("root"), RuntimeError("a bug")):
@@ -940,9 +939,9 @@ class TestQuarantine:
         edit_json(root / "a" / CONFIG_FILE, use_dora=True)
         async with start() as bench:
             reads: list[Path] = []
-            read = manager_module.checkpoint.read
+            read = checkpoint.read
             monkeypatch.setattr(
-                manager_module.checkpoint,
+                checkpoint,
                 "read",
                 lambda d, b, **options: reads.append(d) or read(d, b, **options),
             )

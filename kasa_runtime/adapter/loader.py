@@ -1,0 +1,77 @@
+"""From the files of a version to what users see of it and to what the engine loads.
+
+Blocking throughout: it runs on background threads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kasa_runtime.adapter import checkpoint
+from kasa_runtime.adapter.lora import Adapter, AdapterWeights, fold
+from kasa_runtime.adapter.store import AdapterStore, StoredVersion, content_digest
+from kasa_runtime.adapter.tails import TailCache
+from kasa_runtime.errors import AdapterError, AdapterInvalid
+from kasa_runtime.types import AdapterInfo, AdapterState
+
+
+class AdapterLoader:
+    """Reads versions of one store for one base model."""
+
+    def __init__(self, store: AdapterStore, tails: TailCache) -> None:
+        self._store = store
+        self._tails = tails
+
+    def read(self, key: str, info: AdapterInfo) -> AdapterWeights:
+        """The folded weights of a version. Raises AdapterNotFound, AdapterInvalid."""
+        stored = self._store.version(info.name, info.version)
+        if content_digest(stored.directory) != info.version:
+            raise AdapterInvalid(
+                f"{key}: its files changed on disk after they were checked", name=info.name
+            )
+        return fold(self._servable(stored.directory), key)
+
+    def warm_tails(self, weights: AdapterWeights) -> None:
+        """Compute, or read back, the tails that the weights need."""
+        for name, delta in weights.modules.items():
+            if delta.t:
+                self._tails.get(name, delta.t)
+
+    def verify(self, directory: Path) -> None:
+        """Raises AdapterInvalid or BaseMismatch if an adapter directory cannot be served."""
+        fold(self._servable(directory), "verify")
+
+    def inspect(self, stored: StoredVersion) -> AdapterInfo:
+        """What users see of a version. Raises AdapterInvalid, BaseMismatch."""
+        try:
+            adapter = self._servable(stored.directory)
+        except AdapterError as error:
+            error.name = stored.name
+            raise
+        return describe(adapter, stored)
+
+    def _servable(self, directory: Path) -> Adapter:
+        return checkpoint.read(directory, self._tails.base, to_serve=True)
+
+
+def describe(adapter: Adapter, stored: StoredVersion) -> AdapterInfo:
+    """What users see of a version. Ranks are the largest over its layers."""
+    ranks = [w.a.shape[0] for w in adapter.modules.values()]
+    return AdapterInfo(
+        name=stored.name,
+        version=stored.version,
+        state=AdapterState.READY,
+        rank=max(ranks),
+        alpha=adapter.config.lora_alpha,
+        method=adapter.method,
+        truncation_rank=max(adapter.truncation.values(), default=0),
+        truncation_rule=adapter.meta.truncation_rule.value,
+        target_modules=_target_names(adapter),
+        base_fingerprint=adapter.meta.base_fingerprint,
+        size_bytes=stored.size_bytes,
+        create_time=stored.create_time,
+    )
+
+
+def _target_names(adapter: Adapter) -> tuple[str, ...]:
+    return tuple(sorted({name.rpartition(".")[2] for name in adapter.modules}))

@@ -1,0 +1,78 @@
+"""Looks at the adapters directory, again and again, and tells what changed in it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from kasa_runtime.adapter.store import AdapterStore
+from kasa_runtime.background import in_background
+
+logger = logging.getLogger(__name__)
+
+
+class DirectoryWatcher:
+    """Event loop only.
+
+    `take_in` gets the name of a directory that is new or changed, and returns whether to leave it
+    alone until it changes again; `forget` gets the name of one that is gone."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        take_in: Callable[[str], Awaitable[bool]],
+        forget: Callable[[str], Awaitable[None]],
+        *,
+        poll_interval_s: float,
+    ) -> None:
+        self._store = store
+        self._take_in = take_in
+        self._forget = forget
+        self._poll_interval_s = poll_interval_s
+        self._signatures: dict[str, str] = {}  # of directories already looked at
+        self._settling: dict[str, str] = {}  # seen once, maybe still being written
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._watch(), name="adapter-watcher")
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    def expect(self, name: str) -> None:
+        """Its directory was there once: it is missed if it is gone by now."""
+        self._signatures[name] = ""
+
+    def drop(self, name: str) -> None:
+        """What is in its directory, if anything, is new."""
+        self._signatures.pop(name, None)
+
+    async def rescan(self, *, settled: bool = False) -> None:
+        """Look at the directory once. A change counts when two scans in a row see it, or at once if
+        `settled`."""
+        found = await in_background(self._store.scan)
+        for name, signature in found.items():
+            if self._signatures.get(name) == signature:
+                continue
+            if settled or self._settling.get(name) == signature:
+                # Not looked at again until it changes, unless it changed while it was read.
+                self._signatures[name] = signature if await self._take_in(name) else ""
+        gone = self._signatures.keys() - found.keys()
+        for name in gone:
+            if settled or self._settling.get(name) == "gone":
+                self.drop(name)
+                await self._forget(name)
+        self._settling = found | dict.fromkeys(gone, "gone")
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._poll_interval_s)
+            try:
+                await self.rescan()
+            except OSError as error:
+                logger.warning("cannot look at %s: %s", self._store.root, error)
+            except Exception:  # the edge of a task: it has to outlive what nobody foresaw
+                logger.exception("cannot take in what is in %s", self._store.root)
