@@ -5,11 +5,13 @@ Blocking throughout: it runs on background threads.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from kasa_runtime.adapter import checkpoint
+from kasa_runtime.adapter.content import content_digest
 from kasa_runtime.adapter.lora import Adapter, AdapterWeights, fold
-from kasa_runtime.adapter.store import AdapterStore, StoredVersion, content_digest
+from kasa_runtime.adapter.store import AdapterStore, StoredVersion
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.errors import AdapterError, AdapterInvalid
 from kasa_runtime.types import AdapterInfo, AdapterState
@@ -22,14 +24,19 @@ class AdapterLoader:
         self._store = store
         self._tails = tails
 
+    def pin(self, info: AdapterInfo) -> AbstractContextManager[None]:
+        """Keep a version on the disk until it has been read."""
+        return self._store.pin(info.name, info.version)
+
     def read(self, key: str, info: AdapterInfo) -> AdapterWeights:
         """The folded weights of a version. Raises AdapterNotFound, AdapterInvalid."""
         stored = self._store.version(info.name, info.version)
-        if content_digest(stored.directory) != info.version:
-            raise AdapterInvalid(
-                f"{key}: its files changed on disk after they were checked", name=info.name
-            )
-        return fold(self._servable(stored.directory), key)
+        with self._store.present(info.name, info.version, stored.directory):
+            if content_digest(stored.directory) != info.version:
+                raise AdapterInvalid(
+                    f"{key}: its files changed on disk after they were checked", name=info.name
+                )
+            return fold(self._servable(stored.directory), key)
 
     def warm_tails(self, weights: AdapterWeights) -> None:
         """Compute, or read back, the tails that the weights need."""
@@ -44,7 +51,8 @@ class AdapterLoader:
     def inspect(self, stored: StoredVersion) -> AdapterInfo:
         """What users see of a version. Raises AdapterInvalid, BaseMismatch."""
         try:
-            adapter = self._servable(stored.directory)
+            with self._store.present(stored.name, stored.version, stored.directory):
+                adapter = self._servable(stored.directory)
         except AdapterError as error:
             error.name = stored.name
             raise

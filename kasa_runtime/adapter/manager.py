@@ -15,18 +15,17 @@ from pathlib import Path
 
 from kasa_runtime.adapter.loader import AdapterLoader
 from kasa_runtime.adapter.residency import AdapterHost, Lease, Residency, key_of, name_of
-from kasa_runtime.adapter.store import AdapterStore, check_name, is_name
+from kasa_runtime.adapter.store import AdapterStore, check_expected, check_name, is_name
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.adapter.upload import Upload, check_manifest
 from kasa_runtime.adapter.watcher import DirectoryWatcher
-from kasa_runtime.background import in_background
+from kasa_runtime.background import entered_in_background, in_background
 from kasa_runtime.errors import (
     AdapterError,
     AdapterInUse,
     AdapterNotFound,
     AdapterQuarantined,
     KasaError,
-    VersionConflict,
 )
 from kasa_runtime.types import AdapterInfo, AdapterState, Observer, UploadManifest
 
@@ -57,7 +56,7 @@ class AdapterManager:
             is_current=self._is_current,
         )
         self._watcher = DirectoryWatcher(
-            store, self._take_in, self._forget, poll_interval_s=poll_interval_s
+            store, self._take_in, self._forget, self._follow, poll_interval_s=poll_interval_s
         )
         self._current: dict[str, AdapterInfo] = {}
         self._quarantined: dict[str, AdapterInfo] = {}
@@ -148,8 +147,8 @@ class AdapterManager:
         counts as rejected."""
         try:
             check_manifest(manifest)
-            self._check_expected(manifest)
-            with self.store.staging() as staged:
+            async with entered_in_background(self.store.staging()) as staged:
+                await in_background(self._check_expected, manifest)
                 yield Upload(manifest, staged, lambda: self._publish(manifest, staged))
         except KasaError as error:
             self._observer.upload_rejected(type(error).__name__)
@@ -161,7 +160,7 @@ class AdapterManager:
         async with self._publishing:
             current = (await in_background(self.store.current, name)).version
             if not version:
-                versions = self.store.versions(name)
+                versions = await in_background(self.store.versions, name)
                 older = versions[: versions.index(current)] if current in versions else ()
                 if not older:
                     raise AdapterNotFound(f"{name} has no version before {current}", name=name)
@@ -186,7 +185,7 @@ class AdapterManager:
 
     async def _adopt_recorded(self) -> None:
         """What earlier runs published; checked again, for the base may be another one now."""
-        for name in await in_background(self.store.names):
+        for name in await self._watcher.recorded_names():
             try:
                 if await in_background(self.store.is_taken_from_directory, name):
                     self._watcher.expect(name)
@@ -219,29 +218,41 @@ class AdapterManager:
                 logger.info("%s: its directory is gone, no longer served", name)
                 await self._drop(name)
 
+    async def _follow(self, name: str) -> None:
+        """Serve what the name stands for on the disk, which another process may have changed."""
+        async with self._publishing:
+            try:
+                stored = await in_background(self.store.current, name)
+                known = self._current.get(name)
+                if known is None or known.version != stored.version:
+                    await self._make_current(await in_background(self._loader.inspect, stored))
+                    logger.info("%s is now %s", name, stored.version)
+            except AdapterNotFound:
+                if name in self._current:
+                    logger.info("%s was deleted, no longer served", name)
+                    await self._drop(name)
+            except AdapterError as error:
+                self._quarantine(name, str(error))
+
     async def _publish(self, manifest: UploadManifest, staged: Path) -> AdapterInfo:
         """The second half of an upload: the staged files are complete and have the announced
         digests."""
         await in_background(self._loader.verify, staged)
         async with self._publishing:
-            self._check_expected(manifest)
-            stored = await in_background(self.store.publish, manifest.name, staged)
+            expected = manifest.expected_version
+            stored = await in_background(
+                self.store.publish, manifest.name, staged, expected=expected
+            )
             info = await in_background(self._loader.inspect, stored)
             await self._make_current(info)
         logger.info("published %s@%s", info.name, info.version)
         return self._residency.live(info)
 
     def _check_expected(self, manifest: UploadManifest) -> None:
-        if manifest.expected_version is None:
-            return
-        current = self._current.get(manifest.name)
-        found = current.version if current else ""
-        if found != manifest.expected_version:
-            raise VersionConflict(
-                f"{manifest.name}: expected version {manifest.expected_version or 'none'!r}, "
-                f"current is {found or 'none'!r}; look at it and upload again",
-                name=manifest.name,
-            )
+        """Before the bytes come, and not only when they are published."""
+        if manifest.expected_version is not None:
+            found = self.store.current_version(manifest.name)
+            check_expected(manifest.name, found, manifest.expected_version)
 
     async def _make_current(self, info: AdapterInfo) -> None:
         before = self._current.get(info.name)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from kasa_runtime.adapter.loader import AdapterLoader
 from kasa_runtime.adapter.lora import AdapterWeights
-from kasa_runtime.background import in_background
+from kasa_runtime.background import finish, in_background
 from kasa_runtime.errors import CapacityExceeded, EngineDead
 from kasa_runtime.types import AdapterInfo, AdapterState, Observer
 
@@ -86,19 +86,22 @@ class Residency:
 
         Raises AdapterInvalid, CapacityExceeded."""
         key = key_of(info)
-        resident = await self._hold(key, info)
-        try:
-            await asyncio.shield(resident.loading)
-            yield Lease(key, info.name, info.version)
-        finally:
-            await self._release(key, resident)
+        with ExitStack() as until_loaded:
+            until_loaded.enter_context(self._loader.pin(info))
+            resident = await self._hold(key, info)
+            try:
+                await asyncio.shield(resident.loading)
+                until_loaded.close()
+                yield Lease(key, info.name, info.version)
+            finally:
+                await self._release(key, resident)
 
     async def merge(self, wanted: AbstractAsyncContextManager[Lease]) -> Lease:
         """Write the version that `wanted` leases into the weights; the one merged before is
         unmerged by the same switch."""
         async with self._merging, wanted as lease:
             before = self.merged
-            await _finish(self._switch(lease))
+            await finish(self._switch(lease))
         await self.retire_if_replaced(before)
         return lease
 
@@ -107,7 +110,7 @@ class Residency:
             if self.merged is None:
                 return
             before = self.merged
-            await _finish(self._switch(None))
+            await finish(self._switch(None))
         await self.retire_if_replaced(before)
 
     async def retire(self, key: str) -> None:
@@ -115,7 +118,7 @@ class Residency:
         resident = self._resident.get(key)
         if resident is not None and key != self.merged:
             resident.retired = True
-            await _finish(self._settle(key, resident))
+            await finish(self._settle(key, resident))
 
     async def retire_if_replaced(self, key: str | None) -> None:
         if key is not None and not self._is_current(key):
@@ -168,7 +171,7 @@ class Residency:
 
     async def _release(self, key: str, resident: Resident) -> None:
         resident.leases -= 1
-        await _finish(self._settle(key, resident))
+        await finish(self._settle(key, resident))
 
     async def _settle(self, key: str, resident: Resident) -> None:
         """Forget it if it could not be loaded, unload it if it is retired and idle, and let those
@@ -186,7 +189,7 @@ class Residency:
         idle = [k for k, r in self._resident.items() if r.idle and k != self.merged]
         if not idle:
             return False
-        await _finish(self._unload(min(idle, key=lambda k: self._resident[k].last_used)))
+        await finish(self._unload(min(idle, key=lambda k: self._resident[k].last_used)))
         return True
 
     async def _unload(self, key: str) -> None:
@@ -234,17 +237,3 @@ def key_of(info: AdapterInfo) -> str:
 
 def name_of(key: str) -> str:
     return key.partition("@")[0]
-
-
-async def _finish(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work` to its end even if the caller is cancelled, who learns of that afterwards: the
-    engine and the table of what is in it never disagree."""
-    task, cancelled = asyncio.create_task(work), None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled from task.exception()
-    return task.result()

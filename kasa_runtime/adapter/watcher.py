@@ -17,20 +17,24 @@ class DirectoryWatcher:
     """Event loop only.
 
     `take_in` gets the name of a directory that is new or changed, and returns whether to leave it
-    alone until it changes again; `forget` gets the name of one that is gone."""
+    alone until it changes again; `forget` gets the name of one that is gone; `follow` gets a name
+    whose record was changed, by this process or another."""
 
     def __init__(
         self,
         store: AdapterStore,
         take_in: Callable[[str], Awaitable[bool]],
         forget: Callable[[str], Awaitable[None]],
+        follow: Callable[[str], Awaitable[None]],
         *,
         poll_interval_s: float,
     ) -> None:
         self._store = store
         self._take_in = take_in
         self._forget = forget
+        self._follow = follow
         self._poll_interval_s = poll_interval_s
+        self._records: dict[str, str] = {}  # of names already followed
         self._signatures: dict[str, str] = {}  # of directories already looked at
         self._settling: dict[str, str] = {}  # seen once, maybe still being written
 
@@ -50,9 +54,15 @@ class DirectoryWatcher:
         """What is in its directory, if anything, is new."""
         self._signatures.pop(name, None)
 
+    async def recorded_names(self) -> list[str]:
+        """All names that are recorded. From now on it is told which of them changed."""
+        self._records = await in_background(self._store.records)
+        return sorted(self._records)
+
     async def rescan(self, *, settled: bool = False) -> None:
         """Look at the directory once. A change counts when two scans in a row see it, or at once if
         `settled`."""
+        await self._rescan_records()
         found = await in_background(self._store.scan)
         for name, signature in found.items():
             if self._signatures.get(name) == signature:
@@ -66,6 +76,12 @@ class DirectoryWatcher:
                 self.drop(name)
                 await self._forget(name)
         self._settling = found | dict.fromkeys(gone, "gone")
+
+    async def _rescan_records(self) -> None:
+        before, self._records = self._records, await in_background(self._store.records)
+        names = before.keys() | self._records.keys()
+        for name in sorted(n for n in names if before.get(n) != self._records.get(n)):
+            await self._follow(name)
 
     async def _watch(self) -> None:
         while True:

@@ -1136,6 +1136,91 @@ class TestUpload:
             assert bench.host.loaded == {}
 
 
+class TestAnotherServer:
+    """On the same directory."""
+
+    @pytest.fixture
+    def publish(self, base, root, tmp_path) -> Callable[..., str]:
+        def publish(name: str, seed: int, keep_versions: int = 5) -> str:
+            other = AdapterStore(root, keep_versions)
+            with other.staging() as staged:
+                shutil.copytree(
+                    write_adapter(tmp_path / str(seed), base, seed=seed), staged, dirs_exist_ok=True
+                )
+                return other.publish(name, staged).version
+
+        return publish
+
+    async def test_its_uploads_are_served(self, start, publish):
+        async with start() as bench:
+            version = publish("a", 1)
+            await bench.manager.rescan()
+            async with bench.manager.lease("a") as lease:
+                assert lease.version == version
+            two = publish("a", 2)
+            await bench.manager.rescan()
+            assert bench.host.loaded == {}
+            assert [i.version for i in bench.seen.lists[-1]] == [two]
+
+    async def test_its_rollback_and_its_deletion_are_followed(self, start, put, root):
+        one = put("a", 1)
+        async with start() as bench:
+            put("a", 2)
+            await bench.manager.rescan(settled=True)
+            holder = await Holder(bench.manager, "a").holding()
+            AdapterStore(root).set_current("a", one)
+            await bench.manager.rescan()
+            assert (await bench.manager.get("a")).version == one
+            AdapterStore(root).delete("a")
+            await bench.manager.rescan()
+            assert bench.manager.list() == [] and bench.host.loaded.keys() == {holder.key}
+            await holder.end()
+            assert bench.host.loaded == {}
+
+    async def test_expected_version_is_compared_with_what_it_published(
+        self, start, publish, base, tmp_path
+    ):
+        async with start() as bench:
+            version = publish("a", 1)
+            source = write_adapter(tmp_path / "source", base, seed=5)
+            with pytest.raises(VersionConflict, match=f"current is '{version}'"):
+                await bench.upload(source, "a", expected="")
+            await bench.upload(source, "a", expected=version)
+
+    async def test_removal_of_a_version_by_it_is_a_clean_error(self, start, put, publish):
+        one = put("a", 1)
+        async with start(max_slots=1) as bench:
+            for seed in (2, 3):
+                publish("a", seed, keep_versions=1)
+            with pytest.raises(AdapterNotFound):
+                await bench.manager.load(f"a@{one}")
+            with pytest.raises(AdapterNotFound, match=f"a@{one}"):
+                await bench.manager.load("a")  # not followed yet
+            assert bench.host.calls == []
+            await bench.manager.rescan()
+            await bench.manager.load("a")
+
+
+class TestRetention:
+    async def test_spares_the_version_that_a_request_waits_to_load(self, start, put, base, root):
+        """The request got its version at admission, then had to wait for a slot."""
+        one, _ = put("a", 1), put("b", 2)
+        async with start(max_slots=1) as bench:
+            b = await Holder(bench.manager, "b").holding()
+            waiting = Holder(bench.manager, "a")
+            assert await blocked(waiting.task)
+            for seed in range(3, 8):
+                put("a", seed)
+                await bench.manager.rescan(settled=True)
+            await b.end()
+            assert (await waiting.holding()).key == f"a@{one}"
+            await waiting.end()
+            put("a", 9)
+            await bench.manager.rescan(settled=True)
+            with pytest.raises(AdapterNotFound):
+                await bench.manager.get(f"a@{one}")
+
+
 async def test_stack_of_leases_closes_cleanly(start, put):
     put("a", 1), put("b", 2)
     async with start() as bench, AsyncExitStack() as stack:
