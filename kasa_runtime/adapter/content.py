@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from kasa_runtime.adapter.checkpoint import FILES
@@ -24,12 +25,19 @@ def content_digest(directory: Path) -> str:
 
 
 def signature(directory: Path) -> str:
-    """Changes whenever a file of the adapter is written, without reading it."""
-    parts = []
+    """Changes whenever a file of the adapter is written, without reading it, and when files come
+    and go beside them, as those do that copying programs rename at the end. Raises
+    FileNotFoundError if the directory is gone."""
+    parts = [str(directory.stat().st_mtime_ns)]
     for file in FILES:
-        try:
+        with suppress(FileNotFoundError):
             stat = (directory / file).stat()
-        except FileNotFoundError:
-            continue
-        parts.append(f"{file}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}")
+            times = f"{stat.st_mtime_ns}:{stat.st_ctime_ns}"  # the first can be set to any value
+            parts.append(f"{file}:{stat.st_ino}:{stat.st_size}:{times}")
     return "|".join(parts)
+
+
+def changed_s(directory: Path) -> float:
+    """When one of the adapter's files changed last, in seconds since the epoch; 0.0 without any."""
+    paths = [directory / file for file in FILES]
+    return max((path.stat().st_ctime for path in paths if path.is_file()), default=0.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -184,31 +185,32 @@ class AdapterManager:
     # --- inside -----------------------------------------------------------------------------------
 
     async def _adopt_recorded(self) -> None:
-        """What earlier runs published; checked again, for the base may be another one now."""
-        for name in await self._watcher.recorded_names():
-            try:
-                if await in_background(self.store.is_taken_from_directory, name):
-                    self._watcher.expect(name)
-                stored = await in_background(self.store.current, name)
-                self._current[name] = await in_background(self._loader.inspect, stored)
-            except AdapterError as error:
-                self._quarantine(name, str(error))
+        names = await self._watcher.recorded_names()
+        for recorded in await in_background(lambda: [*map(self._loader.recorded, names)]):
+            if recorded.source is not None:
+                self._watcher.expect(recorded.name, recorded.source)
+            if isinstance(recorded.found, AdapterInfo):
+                self._current[recorded.name] = recorded.found
+            else:
+                self._quarantine(recorded.name, str(recorded.found))
 
-    async def _take_in(self, name: str) -> bool:
+    async def _take_in(self, name: str, signature: str) -> bool:
         """Make what lies in the directory of a name current, or quarantine it. False if it has to
         be tried again."""
+        began_s = time.time()
         async with self._publishing:
             try:
                 stored = await in_background(self.store.take_in, name, self._loader.verify)
+                if stored is not None:
+                    logger.info("took in %s@%s", name, stored.version)
+                    await self._make_current(await in_background(self._loader.inspect, stored))
             except (OSError, AdapterError) as error:
                 self._quarantine(name, str(error))
                 return not isinstance(error, OSError)
-            if stored is not None:
-                logger.info("took in %s@%s", name, stored.version)
-                await self._make_current(await in_background(self._loader.inspect, stored))
-            elif name in self._current and name in self._quarantined:
+            if name in self._current and name in self._quarantined:
                 del self._quarantined[name]
                 self._observer.adapters_changed(self.list())
+            await in_background(self._loader.remember_source, name, signature, began_s)
             return True
 
     async def _forget(self, name: str) -> None:
@@ -267,6 +269,7 @@ class AdapterManager:
         self._quarantined.pop(name, None)
         self._watcher.drop(name)
         await self._residency.retire_replaced_of(name)
+        await in_background(self._loader.forget, name)
         self._observer.adapters_changed(self.list())
 
     def _quarantine(self, name: str, reason: str) -> None:

@@ -145,6 +145,8 @@ class Residency:
             state = AdapterState.READY
         else:
             state = AdapterState.RESIDENT if resident.ready else AdapterState.LOADING
+        if resident is None and state is info.state:
+            return info
         return replace(info, state=state, in_flight=resident.leases if resident else 0)
 
     # --- inside -----------------------------------------------------------------------------------

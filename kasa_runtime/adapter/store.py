@@ -90,8 +90,8 @@ class AdapterStore:
     def __init__(self, root: Path, keep_versions: int = 5) -> None:
         self.root = root
         self.keep_versions = keep_versions
-        self._state = root / ".kasa"
-        self._staging = Staging(self._state)
+        self.state = root / ".kasa"
+        self._staging = Staging(self.state)
         self._pins: Counter[tuple[str, str]] = Counter()
         self._in_place: dict[str, StoredVersion] = {}  # of a read-only directory
         self.writable = self._prepare()
@@ -154,7 +154,7 @@ class AdapterStore:
         """All names that are recorded, each with a signature that changes when its record does."""
         found = {}
         with suppress(FileNotFoundError, NotADirectoryError):
-            for path in (self._state / "names").glob("*.json"):
+            for path in (self.state / "names").glob("*.json"):
                 with suppress(FileNotFoundError):
                     stat = path.stat()
                     found[path.stem] = f"{stat.st_ino}:{stat.st_mtime_ns}"
@@ -268,9 +268,9 @@ class AdapterStore:
         written."""
         try:
             for folder in ("versions", "names", "staging"):
-                if not (self._state / folder).is_dir():
-                    (self._state / folder).mkdir(parents=True, exist_ok=True)
-                    sync(self._state)
+                if not (self.state / folder).is_dir():
+                    (self.state / folder).mkdir(parents=True, exist_ok=True)
+                    sync(self.state)
                     sync(self.root)
             with self._staging.exclusive():
                 self._staging.sweep()
@@ -285,7 +285,7 @@ class AdapterStore:
 
     def _sweep_versions(self) -> None:
         """Remove versions that no record knows: of a crash between two steps of a change."""
-        for folder in (self._state / "versions").iterdir():
+        for folder in (self.state / "versions").iterdir():
             try:
                 record = self._record(folder.name)
             except AdapterInvalid:
@@ -296,7 +296,7 @@ class AdapterStore:
                 self._remove_versions(folder.name, keep=record.versions)
 
     def _remove_versions(self, name: str, *, keep: tuple[str, ...]) -> None:
-        folder = self._state / "versions" / name
+        folder = self.state / "versions" / name
         if old := [path for path in folder.iterdir() if path.name not in keep]:
             self._staging.discard(*old)
 
@@ -325,7 +325,7 @@ class AdapterStore:
     def _remove(self, name: str) -> None:
         """Its directory first: a record without it is dropped at the next start, a directory
         without a record would be taken in."""
-        source, versions = self.root / name, self._state / "versions" / name
+        source, versions = self.root / name, self.state / "versions" / name
         if source.is_dir():
             self._staging.discard(source)
             sync(self.root)
@@ -354,7 +354,7 @@ class AdapterStore:
         return f"no adapter {name!r}; there are {self.names() or 'none'}"
 
     def _version_dir(self, name: str, version: str) -> Path:
-        return self._state / "versions" / name / version
+        return self.state / "versions" / name / version
 
     def _stored(self, name: str, version: str) -> StoredVersion:
         directory = self._version_dir(name, version)
@@ -375,7 +375,7 @@ class AdapterStore:
             raise AdapterNotFound(gone, name=name) from error
 
     def _record_path(self, name: str) -> Path:
-        return self._state / "names" / f"{name}.json"
+        return self.state / "names" / f"{name}.json"
 
     def _record(self, name: str) -> NameRecord | None:
         path = self._record_path(name)

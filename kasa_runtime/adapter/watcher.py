@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 class DirectoryWatcher:
     """Event loop only.
 
-    `take_in` gets the name of a directory that is new or changed, and returns whether to leave it
-    alone until it changes again; `forget` gets the name of one that is gone; `follow` gets a name
-    whose record was changed, by this process or another."""
+    `take_in` gets name and signature of a directory that is new or changed, and returns whether to
+    leave it alone until it changes again; `forget` gets the name of one that is gone; `follow` gets
+    a name whose record was changed, by this process or another."""
 
     def __init__(
         self,
         store: AdapterStore,
-        take_in: Callable[[str], Awaitable[bool]],
+        take_in: Callable[[str, str], Awaitable[bool]],
         forget: Callable[[str], Awaitable[None]],
         follow: Callable[[str], Awaitable[None]],
         *,
@@ -46,9 +46,10 @@ class DirectoryWatcher:
         with suppress(asyncio.CancelledError):
             await self._task
 
-    def expect(self, name: str) -> None:
-        """Its directory was there once: it is missed if it is gone by now."""
-        self._signatures[name] = ""
+    def expect(self, name: str, signature: str) -> None:
+        """Its directory was there once, in the state of `signature` ("" if that is not known): it
+        is looked at if it is in another, and missed if it is gone by now."""
+        self._signatures[name] = signature
 
     def drop(self, name: str) -> None:
         """What is in its directory, if anything, is new."""
@@ -69,7 +70,7 @@ class DirectoryWatcher:
                 continue
             if settled or self._settling.get(name) == signature:
                 # Not looked at again until it changes, unless it changed while it was read.
-                self._signatures[name] = signature if await self._take_in(name) else ""
+                self._signatures[name] = signature if await self._take_in(name, signature) else ""
         gone = self._signatures.keys() - found.keys()
         for name in gone:
             if settled or self._settling.get(name) == "gone":
