@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,3 +44,29 @@ def changed_s(directory: Path) -> float:
     """When one of the adapter's files changed last, in seconds since the epoch; 0.0 without any."""
     paths = [directory / file for file in FILES]
     return max((path.stat().st_ctime for path in paths if path.is_file()), default=0.0)
+
+
+def file_being_written(directory: Path) -> str:
+    """The adapter's file that a process on this machine has open for writing, "" if there is none
+    or the system does not say. However slow a copy is, this shows that it goes on."""
+    for file in FILES:
+        with suppress(FileNotFoundError), (directory / file).open("rb") as stream:
+            if _has_writers(stream.fileno()):
+                return file
+    return ""
+
+
+def _has_writers(descriptor: int) -> bool:
+    """The system grants a read lease only on a file that nobody has open for writing."""
+    if sys.platform != "linux":
+        return False
+    try:
+        # Who opens it for writing in this instant sends a signal; by default one that kills.
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except BlockingIOError:
+        return True
+    except OSError:  # another user's file, or a file system without leases
+        return False
+    return False

@@ -45,6 +45,7 @@ class AdapterManager:
         max_slots: int,
         observer: Observer,
         poll_interval_s: float = 1.0,
+        force_polling: bool = False,
     ) -> None:
         self.store = store
         self._observer = observer
@@ -57,7 +58,12 @@ class AdapterManager:
             is_current=self._is_current,
         )
         self._watcher = DirectoryWatcher(
-            store, self._take_in, self._forget, self._follow, poll_interval_s=poll_interval_s
+            store,
+            self._take_in,
+            self._forget,
+            self._follow,
+            poll_interval_s=poll_interval_s,
+            force_polling=force_polling,
         )
         self._current: dict[str, AdapterInfo] = {}
         self._quarantined: dict[str, AdapterInfo] = {}
@@ -68,7 +74,7 @@ class AdapterManager:
     async def start(self) -> None:
         """Take in what is there, then go on watching."""
         await self._adopt_recorded()
-        await self.rescan(settled=True)
+        await self._watcher.first_look()
         self._watcher.start()
 
     async def close(self) -> None:

@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kasa_runtime.adapter.checkpoint import FILES, REQUIRED_FILES
-from kasa_runtime.adapter.content import content_digest, signature
+from kasa_runtime.adapter.content import content_digest, file_being_written, signature
 from kasa_runtime.adapter.staging import Staging, sync
 from kasa_runtime.errors import (
     AdapterError,
@@ -167,6 +167,9 @@ class AdapterStore:
         read-only store serves `<name>/` where it is. Raises OSError while somebody is still writing
         there."""
         source = self.root / name
+        if file := file_being_written(source):
+            raise BlockingIOError(f"{source / file} is still being written")
+        before = signature(source)
         digest = content_digest(source)
         if not self.writable:
             return self._take_in_place(name, digest, verify)
@@ -177,9 +180,9 @@ class AdapterStore:
             for file in FILES:
                 if (source / file).is_file():
                     shutil.copyfile(source / file, staged / file)
-            if content_digest(staged) != digest:
-                raise BlockingIOError(f"{source} changed while it was read")
             verify(staged)
+            if content_digest(staged) != digest or signature(source) != before:
+                raise BlockingIOError(f"{source} changed while it was read")
             return self.publish(name, staged, seen=digest)
 
     def is_taken_from_directory(self, name: str) -> bool:

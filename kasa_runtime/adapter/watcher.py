@@ -7,10 +7,15 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from kasa_runtime.adapter.notifications import Notifications, is_remote
 from kasa_runtime.adapter.store import AdapterStore
 from kasa_runtime.background import in_background
 
 logger = logging.getLogger(__name__)
+
+LOOK_ANYWAY_S = 30.0
+"""Between looks at a directory whose file system tells of changes: not of all, as where an adapter
+is a link to somewhere else."""
 
 
 class DirectoryWatcher:
@@ -28,6 +33,7 @@ class DirectoryWatcher:
         follow: Callable[[str], Awaitable[None]],
         *,
         poll_interval_s: float,
+        force_polling: bool,
     ) -> None:
         self._store = store
         self._take_in = take_in
@@ -37,11 +43,26 @@ class DirectoryWatcher:
         self._records: dict[str, str] = {}  # of names already followed
         self._signatures: dict[str, str] = {}  # of directories already looked at
         self._settling: dict[str, str] = {}  # seen once, maybe still being written
+        self._is_settled = True  # nothing has to be looked at a second time
+        self._is_remote = is_remote(store.root.resolve())
+        self._notifications = Notifications(store.root)
+        self._force_polling = force_polling
+
+    async def first_look(self) -> None:
+        """What is there, at once; but on a network mount, where nobody can tell whether another
+        machine is still writing, only what a second look finds unchanged."""
+        await self.rescan(settled=not self._is_remote)
+        if not self._is_settled and self._is_remote:
+            await asyncio.sleep(self._poll_interval_s)
+            await self.rescan()
 
     def start(self) -> None:
+        if not self._force_polling and not self._is_remote:
+            self._notifications.start()
         self._task = asyncio.create_task(self._watch(), name="adapter-watcher")
 
     async def close(self) -> None:
+        await self._notifications.close()
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
@@ -63,6 +84,7 @@ class DirectoryWatcher:
     async def rescan(self, *, settled: bool = False) -> None:
         """Look at the directory once. A change counts when two scans in a row see it, or at once if
         `settled`."""
+        self._is_settled = False
         await self._rescan_records()
         found = await in_background(self._store.scan)
         for name, signature in found.items():
@@ -77,6 +99,7 @@ class DirectoryWatcher:
                 self.drop(name)
                 await self._forget(name)
         self._settling = found | dict.fromkeys(gone, "gone")
+        self._is_settled = self._signatures == found
 
     async def _rescan_records(self) -> None:
         before, self._records = self._records, await in_background(self._store.records)
@@ -86,10 +109,21 @@ class DirectoryWatcher:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(self._poll_interval_s)
+            await self._next_look()
             try:
                 await self.rescan()
             except OSError as error:
                 logger.warning("cannot look at %s: %s", self._store.root, error)
             except Exception:  # the edge of a task: it has to outlive what nobody foresaw
                 logger.exception("cannot take in what is in %s", self._store.root)
+
+    async def _next_look(self) -> None:
+        """Wait until a look may find something, and never less than the interval: two looks in a
+        row are what tells that a copy is complete."""
+        await asyncio.sleep(self._poll_interval_s)
+        notifications = self._notifications
+        if self._is_settled and notifications.working:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_ANYWAY_S):
+                    await notifications.changed.wait()
+        notifications.changed.clear()

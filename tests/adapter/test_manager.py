@@ -60,7 +60,7 @@ def put(base, root: Path) -> Callable[..., str]:
 class Bench:
     """A manager with what is around it."""
 
-    def __init__(self, root: Path, tails, max_slots: int) -> None:
+    def __init__(self, root: Path, tails, max_slots: int, *, force_polling: bool = False) -> None:
         self.host = FakeHost(max_slots)
         self.seen = Recorder()
         self.store = AdapterStore(root, keep_versions=3)
@@ -71,6 +71,7 @@ class Bench:
             max_slots=max_slots,
             observer=self.seen,
             poll_interval_s=3600,
+            force_polling=force_polling,
         )
 
     def states(self) -> dict[str, AdapterState]:
@@ -850,8 +851,9 @@ class TestDirectory:
         async with start() as bench:
             assert (await bench.manager.get("a")).version == two
 
-    async def test_is_looked_at_again_and_again(self, root, tails, put):
-        bench = Bench(root, tails, 2)
+    @pytest.mark.parametrize("force_polling", [False, True])
+    async def test_is_looked_at_again_and_again(self, root, tails, put, force_polling):
+        bench = Bench(root, tails, 2, force_polling=force_polling)
         bench.manager._watcher._poll_interval_s = 0.01
         await bench.manager.start()
         put("a")
@@ -861,7 +863,7 @@ class TestDirectory:
     async def test_watcher_outlives_what_nobody_foresaw(
         self, root, tails, put, monkeypatch, caplog
     ):
-        bench = Bench(root, tails, 2)
+        bench = Bench(root, tails, 2, force_polling=True)
         bench.manager._watcher._poll_interval_s = 0.01
         await bench.manager.start()
         with monkeypatch.context() as patch:
