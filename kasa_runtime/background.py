@@ -9,10 +9,11 @@ speed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, asynccontextmanager
 from functools import cache
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,6 +25,37 @@ async def in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     """`function(*args, **kwargs)` on a background thread; raises what it raises."""
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(_pool(), lambda: function(*args, **kwargs))
+
+
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even if the caller is cancelled, who learns of that afterwards: the
+    engine and the table of what is in it never disagree."""
+    task, cancelled = asyncio.create_task(work), None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled from task.exception()
+    return task.result()
+
+
+@asynccontextmanager
+async def entered_in_background(context: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """`context`, entered and left on background threads, and left even if the caller is cancelled
+    meanwhile. It is not told of errors."""
+    entering = asyncio.ensure_future(in_background(context.__enter__))
+    try:
+        yield await asyncio.shield(entering)
+    finally:
+        await finish(_leave(entering, context))
+
+
+async def _leave(entering: asyncio.Future[T], context: AbstractContextManager[T]) -> None:
+    await asyncio.wait([entering])
+    if entering.exception() is None:
+        await in_background(context.__exit__, None, None, None)
 
 
 @cache

@@ -21,7 +21,7 @@ from kasa_runtime.types import (
 )
 
 if TYPE_CHECKING:
-    from kasa_runtime.adapter.manager import Lease
+    from kasa_runtime.adapter.residency import Lease
 
 
 @dataclass

@@ -35,7 +35,8 @@ from kasa_runtime.types import (
 )
 
 if TYPE_CHECKING:
-    from kasa_runtime.adapter.manager import AdapterManager, Lease
+    from kasa_runtime.adapter.manager import AdapterManager
+    from kasa_runtime.adapter.residency import Lease
     from kasa_runtime.adapter.upload import Upload
     from kasa_runtime.engine.base import Engine
     from kasa_runtime.engine.factory import Begun
@@ -63,7 +64,18 @@ class RuntimeConfig:
     )
     engine: Literal["native"] = field(default="native", metadata={"help": "what generates"})
     poll_interval_s: float = field(
-        default=1.0, metadata={"help": "seconds between looks at the adapters directory"}
+        default=1.0,
+        metadata={
+            "help": "seconds that a directory of adapters has to stay as it is before it counts as "
+            "complete; also between looks at it where polling is needed"
+        },
+    )
+    watch: Literal["auto", "poll"] = field(
+        default="auto",
+        metadata={
+            "help": "how changes of the adapters directory are noticed: the file system tells, or "
+            "polling; auto polls on network mounts"
+        },
     )
     keep_versions: int = field(
         default=5, metadata={"help": "versions of an adapter that are kept for rollback"}
@@ -143,6 +155,7 @@ class Runtime:
             max_slots=engine.limits.max_slots,
             observer=observer,
             poll_interval_s=config.poll_interval_s,
+            force_polling=config.watch == "poll",
         )
         try:
             await manager.start()

@@ -4,35 +4,49 @@
     adapters/.kasa/versions/<name>/<v>/   immutable copies, v being the digest of the content
     adapters/.kasa/names/<name>.json      the current version, all versions in order, and the
                                           content last seen in <name>/
-    adapters/.kasa/staging/               uploads and copies in progress; emptied at start
+    adapters/.kasa/staging/               work in progress, see `staging.py`
 
 A version enters by rename and `names/<name>.json` moves by rename, so a crash at any moment leaves
-the old or the new state. On a directory that cannot be written the store serves what it finds in
-place.
+the old or the new state, and the next start removes what belongs to neither. What is returned is on
+the disk, and a power cut does not undo it.
+
+Any number of processes may use one directory, if its file system knows flock: each change is made
+whole, one after the other, and readers need no lock. A process learns of the changes of others by
+looking (`records`). Retention removes old versions without asking other processes; in this one,
+`pin` keeps a version.
+
+On a directory that cannot be written the store serves what it finds in place.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kasa_runtime.adapter.checkpoint import FILES, REQUIRED_FILES
-from kasa_runtime.errors import AdapterInvalid, AdapterNotFound, InvalidRequest, StoreReadOnly
+from kasa_runtime.adapter.content import content_digest, file_being_written, signature
+from kasa_runtime.adapter.staging import Staging, sync
+from kasa_runtime.errors import (
+    AdapterError,
+    AdapterInvalid,
+    AdapterNotFound,
+    InvalidRequest,
+    StoreReadOnly,
+    VersionConflict,
+)
 
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-VERSION_DIGITS = 16
 
 
 def is_name(name: str) -> bool:
@@ -76,23 +90,34 @@ class AdapterStore:
     def __init__(self, root: Path, keep_versions: int = 5) -> None:
         self.root = root
         self.keep_versions = keep_versions
-        self._state = root / ".kasa"
+        self.state = root / ".kasa"
+        self._staging = Staging(self.state)
+        self._pins: Counter[tuple[str, str]] = Counter()
         self._in_place: dict[str, StoredVersion] = {}  # of a read-only directory
         self.writable = self._prepare()
 
     def names(self) -> list[str]:
         """All names that have a current version."""
-        recorded = (p.stem for p in (self._state / "names").glob("*.json"))
-        return sorted({*recorded, *self._in_place})
+        return sorted({*self.records(), *self._in_place})
 
     def current(self, name: str) -> StoredVersion:
-        """Raises AdapterNotFound."""
+        """Raises AdapterNotFound, AdapterInvalid."""
         record = self._record(name)
-        if record is None:
-            if name in self._in_place:
-                return self._in_place[name]
-            raise AdapterNotFound(self._missing(name), name=name)
-        return self._stored(name, record.current)
+        while record is not None:
+            try:
+                return self._stored(name, record.current)
+            except AdapterNotFound:
+                before, record = record, self._record(name)
+                if record == before:
+                    raise
+        if name in self._in_place:
+            return self._in_place[name]
+        raise AdapterNotFound(self._missing(name), name=name)
+
+    def current_version(self, name: str) -> str:
+        """The digest of `current`, "" if there is none. Raises AdapterInvalid."""
+        record = self._record(name)
+        return record.current if record else ""
 
     def version(self, name: str, version: str) -> StoredVersion:
         """A version by its digest or an unambiguous beginning of it. Raises AdapterNotFound."""
@@ -122,7 +147,17 @@ class AdapterStore:
         found = {}
         for path in sorted(self.root.iterdir()) if self.root.is_dir() else ():
             if is_name(path.name) and path.is_dir() and (path / REQUIRED_FILES[0]).exists():
-                found[path.name] = _signature(path)
+                found[path.name] = signature(path)
+        return found
+
+    def records(self) -> dict[str, str]:
+        """All names that are recorded, each with a signature that changes when its record does."""
+        found = {}
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for path in (self.state / "names").glob("*.json"):
+                with suppress(FileNotFoundError):
+                    stat = path.stat()
+                    found[path.stem] = f"{stat.st_ino}:{stat.st_mtime_ns}"
         return found
 
     def take_in(self, name: str, verify: Callable[[Path], None]) -> StoredVersion | None:
@@ -132,6 +167,9 @@ class AdapterStore:
         read-only store serves `<name>/` where it is. Raises OSError while somebody is still writing
         there."""
         source = self.root / name
+        if file := file_being_written(source):
+            raise BlockingIOError(f"{source / file} is still being written")
+        before = signature(source)
         digest = content_digest(source)
         if not self.writable:
             return self._take_in_place(name, digest, verify)
@@ -142,9 +180,9 @@ class AdapterStore:
             for file in FILES:
                 if (source / file).is_file():
                     shutil.copyfile(source / file, staged / file)
-            if content_digest(staged) != digest:
-                raise BlockingIOError(f"{source} changed while it was read")
             verify(staged)
+            if content_digest(staged) != digest or signature(source) != before:
+                raise BlockingIOError(f"{source} changed while it was read")
             return self.publish(name, staged, seen=digest)
 
     def is_taken_from_directory(self, name: str) -> bool:
@@ -156,93 +194,148 @@ class AdapterStore:
         """Drop a name whose directory is gone, if what it serves is what lay there. True if it was
         dropped."""
         self._in_place.pop(name, None)
-        if self._record(name) is None:
-            return True
-        if not self.is_taken_from_directory(name) or not self.writable:
-            return False
-        self.delete(name)
-        return True
+        if not self.writable:
+            return self._record(name) is None
+        with self._staging.exclusive():
+            if self.is_taken_from_directory(name):
+                self._remove(name)
+            return self._record(name) is None
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A directory to build a version in; gone at the end unless it was published. Raises
         StoreReadOnly."""
-        if not self.writable:
-            raise StoreReadOnly(
-                f"{self.root} cannot be written; mount it writable to upload adapters"
-            )
-        path = Path(tempfile.mkdtemp(dir=self._state / "staging"))
-        try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+        self._require_writable()
+        with self._staging.files() as files:
+            yield files
 
-    def publish(self, name: str, staged: Path, *, seen: str | None = None) -> StoredVersion:
-        """Make a staged directory the current version of `name`: flush, rename, move the name."""
+    @contextmanager
+    def pin(self, name: str, version: str) -> Iterator[None]:
+        """Keep a version on the disk, whatever this process publishes meanwhile. Deleting its name
+        removes it all the same."""
+        self._pins[name, version] += 1
+        try:
+            yield
+        finally:
+            self._pins[name, version] -= 1
+
+    def publish(
+        self, name: str, staged: Path, *, seen: str | None = None, expected: str | None = None
+    ) -> StoredVersion:
+        """Make a staged directory the current version of `name`: flush, rename, move the name.
+
+        `seen`: the content of `<name>/` that this is; nothing moves if it was taken in meanwhile.
+        `expected`: the version to replace, "" for none. Raises VersionConflict if it is another."""
         check_name(name)
         version = content_digest(staged)
         for file in staged.iterdir():
-            _sync(file)
-        _sync(staged)
-        target = self._version_dir(name, version)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and content_digest(target) != version:
-            # Damaged, or left by a crash in the middle of its removal.
-            with self.staging() as trash:
-                target.rename(trash / version)
-        if not target.exists():
-            staged.rename(target)
-            _sync(target.parent)
-        record = self._record(name) or NameRecord(version, ())
-        # What is replaced comes last before the new one, also after a rollback: it is kept longest
-        # and is the one to roll back to.
-        replaced = [record.current] if record.current in record.versions else []
-        others = [v for v in record.versions if v not in (version, *replaced)]
-        versions = tuple(dict.fromkeys([*others, *replaced, version]))
-        kept = versions[-self.keep_versions :]
-        self._write_record(name, NameRecord(version, kept, record.seen if seen is None else seen))
-        for old in set(versions) - set(kept):
-            shutil.rmtree(self._version_dir(name, old), ignore_errors=True)
+            sync(file)
+        sync(staged)
+        with self._staging.exclusive():
+            record = self._record(name)
+            check_expected(name, record.current if record else "", expected)
+            if record is not None and seen is not None and record.seen == seen:
+                return self._stored(name, record.current)
+            self._enter(staged, self._version_dir(name, version), version)
+            record = record or NameRecord(version, ())
+            seen = record.seen if seen is None else seen
+            versions = self._ordered(record, version)
+            kept = self._retained(name, versions)
+            self._write_record(name, NameRecord(version, kept, seen))
+            self._remove_versions(name, keep=kept)
         return self._stored(name, version)
 
     def set_current(self, name: str, version: str) -> StoredVersion:
         """Point `name` at an older version. Raises AdapterNotFound, StoreReadOnly."""
         self._require_writable()
-        stored = self.version(name, version)
-        record = self._record(name)
-        assert record is not None
-        self._write_record(name, NameRecord(stored.version, record.versions, record.seen))
+        with self._staging.exclusive():
+            stored = self.version(name, version)
+            record = self._record(name)
+            assert record is not None
+            self._write_record(name, NameRecord(stored.version, record.versions, record.seen))
         return stored
 
     def delete(self, name: str) -> None:
         """Remove a name with all its versions, and the directory it was taken from. Raises
         AdapterNotFound."""
         self._require_writable()
-        if not self._record_path(name).exists() and not (self.root / name).is_dir():
-            raise AdapterNotFound(self._missing(name), name=name)
-        with self.staging() as trash:
-            if (self.root / name).is_dir():
-                (self.root / name).rename(trash / "source")
-            self._record_path(name).unlink(missing_ok=True)
-            if (versions := self._state / "versions" / name).is_dir():
-                versions.rename(trash / "versions")
+        with self._staging.exclusive():
+            if not self._record_path(name).exists() and not (self.root / name).is_dir():
+                raise AdapterNotFound(self._missing(name), name=name)
+            self._remove(name)
+
+    # --- inside; what changes anything runs within `exclusive` ------------------------------------
 
     def _prepare(self) -> bool:
-        """Make the state's folders and clear what a crash left; False if the directory cannot be
+        """Make the state's folders and remove what a crash left; False if the directory cannot be
         written."""
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
             for folder in ("versions", "names", "staging"):
-                (self._state / folder).mkdir(parents=True, exist_ok=True)
-            for leftover in (self._state / "staging").iterdir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            probe = self._state / "staging" / ".probe"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
+                if not (self.state / folder).is_dir():
+                    (self.state / folder).mkdir(parents=True, exist_ok=True)
+                    sync(self.state)
+                    sync(self.root)
+            with self._staging.exclusive():
+                self._staging.sweep()
+                probe = self._staging.directory / ".probe"
+                probe.touch()
+                probe.unlink()
+                self._sweep_versions()
+        except (OSError, NotImplementedError) as error:
             logger.warning("%s cannot be written (%s): serving it read-only", self.root, error)
             return False
         return True
+
+    def _sweep_versions(self) -> None:
+        """Remove versions that no record knows: of a crash between two steps of a change."""
+        for folder in (self.state / "versions").iterdir():
+            try:
+                record = self._record(folder.name)
+            except AdapterInvalid:
+                continue  # somebody may repair it
+            if record is None:
+                self._staging.discard(folder)
+            else:
+                self._remove_versions(folder.name, keep=record.versions)
+
+    def _remove_versions(self, name: str, *, keep: tuple[str, ...]) -> None:
+        folder = self.state / "versions" / name
+        if old := [path for path in folder.iterdir() if path.name not in keep]:
+            self._staging.discard(*old)
+
+    def _enter(self, staged: Path, target: Path, version: str) -> None:
+        if not target.parent.exists():
+            target.parent.mkdir()
+            sync(target.parent.parent)
+        if target.exists() and content_digest(target) != version:
+            self._staging.discard(target)  # damaged
+        if not target.exists():
+            staged.rename(target)
+            sync(target.parent)
+
+    @staticmethod
+    def _ordered(record: NameRecord, version: str) -> tuple[str, ...]:
+        """All versions with a new one. What is replaced comes last before the new one, also after a
+        rollback: it is kept longest and is the one to roll back to."""
+        replaced = [record.current] if record.current in record.versions else []
+        others = [v for v in record.versions if v not in (version, *replaced)]
+        return tuple(dict.fromkeys([*others, *replaced, version]))
+
+    def _retained(self, name: str, versions: tuple[str, ...]) -> tuple[str, ...]:
+        last = versions[-self.keep_versions :]
+        return tuple(v for v in versions if v in last or self._pins[name, v] > 0)
+
+    def _remove(self, name: str) -> None:
+        """Its directory first: a record without it is dropped at the next start, a directory
+        without a record would be taken in."""
+        source, versions = self.root / name, self.state / "versions" / name
+        if source.is_dir():
+            self._staging.discard(source)
+            sync(self.root)
+        self._record_path(name).unlink(missing_ok=True)
+        sync(self._record_path(name).parent)
+        if versions.is_dir():
+            self._staging.discard(versions)
 
     def _take_in_place(
         self, name: str, digest: str, verify: Callable[[Path], None]
@@ -264,16 +357,28 @@ class AdapterStore:
         return f"no adapter {name!r}; there are {self.names() or 'none'}"
 
     def _version_dir(self, name: str, version: str) -> Path:
-        return self._state / "versions" / name / version
+        return self.state / "versions" / name / version
 
     def _stored(self, name: str, version: str) -> StoredVersion:
         directory = self._version_dir(name, version)
-        if not directory.is_dir():
-            raise AdapterNotFound(f"{name}@{version} is not on disk any more", name=name)
-        return _describe(name, version, directory)
+        with self.present(name, version, directory):
+            return _describe(name, version, directory)
+
+    @contextmanager
+    def present(self, name: str, version: str, directory: Path) -> Iterator[None]:
+        """Raises AdapterNotFound if a version is removed, as by retention, while it is read."""
+        gone = f"{name}@{version} is not on disk any more"
+        try:
+            if not directory.is_dir():
+                raise AdapterNotFound(gone, name=name)
+            yield
+        except (OSError, AdapterError) as error:
+            if directory.is_dir():
+                raise
+            raise AdapterNotFound(gone, name=name) from error
 
     def _record_path(self, name: str) -> Path:
-        return self._state / "names" / f"{name}.json"
+        return self.state / "names" / f"{name}.json"
 
     def _record(self, name: str) -> NameRecord | None:
         path = self._record_path(name)
@@ -289,38 +394,24 @@ class AdapterStore:
 
     def _write_record(self, name: str, record: NameRecord) -> None:
         path = self._record_path(name)
-        staged = path.with_name(f".{name}.{os.getpid()}")
+        staged = self._staging.directory / path.name
         with staged.open("w") as stream:
             json.dump(asdict(record), stream)
             stream.flush()
             os.fsync(stream.fileno())
         staged.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
-def content_digest(directory: Path) -> str:
-    """The version of an adapter directory: the first digits of the sha256 over its files' names and
-    contents."""
-    total = hashlib.sha256()
-    for file in sorted(FILES):
-        if (directory / file).is_file():
-            with (directory / file).open("rb") as stream:
-                total.update(
-                    f"{file}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
-                )
-    return total.hexdigest()[:VERSION_DIGITS]
-
-
-def _signature(directory: Path) -> str:
-    """Changes whenever a file of the adapter is written, without reading it."""
-    parts = []
-    for file in FILES:
-        try:
-            stat = (directory / file).stat()
-        except FileNotFoundError:
-            continue
-        parts.append(f"{file}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}")
-    return "|".join(parts)
+def check_expected(name: str, found: str, expected: str | None) -> None:
+    """Raises VersionConflict if the current version ("" for none) is not the one that an upload
+    means to replace; None replaces any."""
+    if expected is not None and found != expected:
+        raise VersionConflict(
+            f"{name}: expected version {expected or 'none'!r}, current is {found or 'none'!r}; "
+            "look at it and upload again",
+            name=name,
+        )
 
 
 def _describe(name: str, version: str, directory: Path) -> StoredVersion:
@@ -328,12 +419,3 @@ def _describe(name: str, version: str, directory: Path) -> StoredVersion:
     size_bytes = sum(f.stat().st_size for f in files)
     created = max((f.stat().st_mtime for f in files), default=time.time())
     return StoredVersion(name, version, directory, size_bytes, created)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,6 @@ import torch
 from adapter.fake_host import FakeHost, Recorder
 from adapter.making import LAYER, edit_json, edit_tensors, make_adapter, write_adapter
 from kasa_runtime.adapter import checkpoint
-from kasa_runtime.adapter import manager as manager_module
 from kasa_runtime.adapter.checkpoint import CONFIG_FILE, META_FILE, WEIGHTS_FILE
 from kasa_runtime.adapter.manager import AdapterManager
 from kasa_runtime.adapter.store import AdapterStore, content_digest
@@ -61,7 +60,7 @@ def put(base, root: Path) -> Callable[..., str]:
 class Bench:
     """A manager with what is around it."""
 
-    def __init__(self, root: Path, tails, max_slots: int) -> None:
+    def __init__(self, root: Path, tails, max_slots: int, *, force_polling: bool = False) -> None:
         self.host = FakeHost(max_slots)
         self.seen = Recorder()
         self.store = AdapterStore(root, keep_versions=3)
@@ -72,6 +71,7 @@ class Bench:
             max_slots=max_slots,
             observer=self.seen,
             poll_interval_s=3600,
+            force_polling=force_polling,
         )
 
     def states(self) -> dict[str, AdapterState]:
@@ -106,7 +106,7 @@ def start(root: Path, tails) -> Callable[..., object]:
                 yield bench
             finally:
                 await bench.manager.close()
-        assert bench.host.loaded.keys() == bench.manager._resident.keys()
+        assert bench.host.loaded.keys() == bench.manager._residency._resident.keys()
 
     return start
 
@@ -275,7 +275,7 @@ class TestFailedLoad:
             await until(lambda: bool(bench.host.calls))
             await holder.cancel()
             let_load.set()
-            await until(lambda: not bench.manager._resident)
+            await until(lambda: not bench.manager._residency._resident)
             bench.host.failing.clear()
             await bench.manager.load("a")
 
@@ -383,7 +383,7 @@ class TestSlots:
             await bench.manager.rescan(settled=True)
             assert bench.host.calls == [f"load a@{one}"]
             let_load.set()
-            await until(lambda: not bench.manager._resident)
+            await until(lambda: not bench.manager._residency._resident)
             assert bench.host.calls == [f"load a@{one}", f"unload a@{one}"]
 
     @pytest.mark.parametrize("times", [1, 2])
@@ -445,7 +445,7 @@ class TestSlots:
                     holder.let_go.set()
             results = await asyncio.gather(*(h.task for h in holders), return_exceptions=True)
             assert all(r is None or isinstance(r, asyncio.CancelledError) for r in results)
-            await until(lambda: all(r.idle for r in bench.manager._resident.values()))
+            await until(lambda: all(r.idle for r in bench.manager._residency._resident.values()))
 
 
 class TestReplacing:
@@ -851,9 +851,10 @@ class TestDirectory:
         async with start() as bench:
             assert (await bench.manager.get("a")).version == two
 
-    async def test_is_looked_at_again_and_again(self, root, tails, put):
-        bench = Bench(root, tails, 2)
-        bench.manager._poll_interval_s = 0.01
+    @pytest.mark.parametrize("force_polling", [False, True])
+    async def test_is_looked_at_again_and_again(self, root, tails, put, force_polling):
+        bench = Bench(root, tails, 2, force_polling=force_polling)
+        bench.manager._watcher._poll_interval_s = 0.01
         await bench.manager.start()
         put("a")
         await until(lambda: bool(bench.manager.list()))
@@ -862,8 +863,8 @@ class TestDirectory:
     async def test_watcher_outlives_what_nobody_foresaw(
         self, root, tails, put, monkeypatch, caplog
     ):
-        bench = Bench(root, tails, 2)
-        bench.manager._poll_interval_s = 0.01
+        bench = Bench(root, tails, 2, force_polling=True)
+        bench.manager._watcher._poll_interval_s = 0.01
         await bench.manager.start()
         with monkeypatch.context() as patch:
             for error in (PermissionError("root"), RuntimeError("a bug")):
@@ -940,9 +941,9 @@ class TestQuarantine:
         edit_json(root / "a" / CONFIG_FILE, use_dora=True)
         async with start() as bench:
             reads: list[Path] = []
-            read = manager_module.checkpoint.read
+            read = checkpoint.read
             monkeypatch.setattr(
-                manager_module.checkpoint,
+                checkpoint,
                 "read",
                 lambda d, b, **options: reads.append(d) or read(d, b, **options),
             )
@@ -1135,6 +1136,91 @@ class TestUpload:
             assert holder.key in bench.host.loaded
             await holder.end()
             assert bench.host.loaded == {}
+
+
+class TestAnotherServer:
+    """On the same directory."""
+
+    @pytest.fixture
+    def publish(self, base, root, tmp_path) -> Callable[..., str]:
+        def publish(name: str, seed: int, keep_versions: int = 5) -> str:
+            other = AdapterStore(root, keep_versions)
+            with other.staging() as staged:
+                shutil.copytree(
+                    write_adapter(tmp_path / str(seed), base, seed=seed), staged, dirs_exist_ok=True
+                )
+                return other.publish(name, staged).version
+
+        return publish
+
+    async def test_its_uploads_are_served(self, start, publish):
+        async with start() as bench:
+            version = publish("a", 1)
+            await bench.manager.rescan()
+            async with bench.manager.lease("a") as lease:
+                assert lease.version == version
+            two = publish("a", 2)
+            await bench.manager.rescan()
+            assert bench.host.loaded == {}
+            assert [i.version for i in bench.seen.lists[-1]] == [two]
+
+    async def test_its_rollback_and_its_deletion_are_followed(self, start, put, root):
+        one = put("a", 1)
+        async with start() as bench:
+            put("a", 2)
+            await bench.manager.rescan(settled=True)
+            holder = await Holder(bench.manager, "a").holding()
+            AdapterStore(root).set_current("a", one)
+            await bench.manager.rescan()
+            assert (await bench.manager.get("a")).version == one
+            AdapterStore(root).delete("a")
+            await bench.manager.rescan()
+            assert bench.manager.list() == [] and bench.host.loaded.keys() == {holder.key}
+            await holder.end()
+            assert bench.host.loaded == {}
+
+    async def test_expected_version_is_compared_with_what_it_published(
+        self, start, publish, base, tmp_path
+    ):
+        async with start() as bench:
+            version = publish("a", 1)
+            source = write_adapter(tmp_path / "source", base, seed=5)
+            with pytest.raises(VersionConflict, match=f"current is '{version}'"):
+                await bench.upload(source, "a", expected="")
+            await bench.upload(source, "a", expected=version)
+
+    async def test_removal_of_a_version_by_it_is_a_clean_error(self, start, put, publish):
+        one = put("a", 1)
+        async with start(max_slots=1) as bench:
+            for seed in (2, 3):
+                publish("a", seed, keep_versions=1)
+            with pytest.raises(AdapterNotFound):
+                await bench.manager.load(f"a@{one}")
+            with pytest.raises(AdapterNotFound, match=f"a@{one}"):
+                await bench.manager.load("a")  # not followed yet
+            assert bench.host.calls == []
+            await bench.manager.rescan()
+            await bench.manager.load("a")
+
+
+class TestRetention:
+    async def test_spares_the_version_that_a_request_waits_to_load(self, start, put, base, root):
+        """The request got its version at admission, then had to wait for a slot."""
+        one, _ = put("a", 1), put("b", 2)
+        async with start(max_slots=1) as bench:
+            b = await Holder(bench.manager, "b").holding()
+            waiting = Holder(bench.manager, "a")
+            assert await blocked(waiting.task)
+            for seed in range(3, 8):
+                put("a", seed)
+                await bench.manager.rescan(settled=True)
+            await b.end()
+            assert (await waiting.holding()).key == f"a@{one}"
+            await waiting.end()
+            put("a", 9)
+            await bench.manager.rescan(settled=True)
+            with pytest.raises(AdapterNotFound):
+                await bench.manager.get(f"a@{one}")
 
 
 async def test_stack_of_leases_closes_cleanly(start, put):

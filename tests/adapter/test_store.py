@@ -489,7 +489,6 @@ class TestCrash:
                 patch.setattr(Path, name, counted(getattr(Path, name)))
             patch.setattr(store_module.shutil, "rmtree", counted(shutil.rmtree))
             patch.setattr(store_module.shutil, "copyfile", counted(shutil.copyfile))
-            patch.setattr(store_module, "_sync", counted(store_module._sync))
             patch.setattr(store_module.os, "fsync", counted(os.fsync))
             try:
                 action()
@@ -590,15 +589,13 @@ class TestCrash:
     def test_bytes_are_on_the_disk_before_their_names(self, store, monkeypatch):
         """A power cut may undo whatever was not flushed, in any order."""
         events: list[str] = []
-        sync, rename, fsync, replace = store_module._sync, Path.rename, os.fsync, Path.replace
+        sync, rename, fsync, replace = store_module.sync, Path.rename, os.fsync, Path.replace
 
         def log(event: str, action: Callable[..., object], *args: object) -> object:
             events.append(event)
             return action(*args)
 
-        monkeypatch.setattr(
-            store_module, "_sync", lambda path: log(f"sync {path.name}", sync, path)
-        )
+        monkeypatch.setattr(store_module, "sync", lambda path: log(f"sync {path.name}", sync, path))
         monkeypatch.setattr(store_module.os, "fsync", lambda fd: log("fsync", fsync, fd))
         monkeypatch.setattr(Path, "rename", lambda p, t: log("rename", rename, p, t))
         monkeypatch.setattr(Path, "replace", lambda p, t: log("replace", replace, p, t))
@@ -610,6 +607,7 @@ class TestCrash:
         assert {f"sync {f}" for f in (CONFIG_FILE, WEIGHTS_FILE, name)} <= set(before)
         rest = [event for event in after if event != "fsync"]
         assert rest == ["rename", "sync a", "replace", "sync names"]
+        assert "sync versions" in before  # a/ itself
         assert "fsync" in after[: after.index("replace")][-1:]
 
     def test_record_is_replaced_and_never_written_over(self, store, root):
