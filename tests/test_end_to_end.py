@@ -23,6 +23,7 @@ from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.client import AsyncClient
 from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.limits import LimitsConfig
 from kasa_runtime.runtime import Runtime, RuntimeConfig
 from kasa_runtime.types import AdapterState, FinishReason, Mode, SamplingParams
 from server.app import Edge, Server
@@ -78,12 +79,19 @@ def write_adapter(directory: Path, model: Path, *, seed: int = 0, **options: Any
 
 
 @pytest.fixture
-async def live(tiny_chat_model: Path, tmp_path: Path) -> AsyncIterator[Live]:
+def limits() -> LimitsConfig:
+    return LimitsConfig()
+
+
+@pytest.fixture
+async def live(tiny_chat_model: Path, tmp_path: Path, limits: LimitsConfig) -> AsyncIterator[Live]:
     adapters_dir = tmp_path / "adapters"
     write_adapter(adapters_dir / "first", tiny_chat_model, seed=1)
     write_adapter(adapters_dir / "second", tiny_chat_model, seed=2, kasa=False)
     native = EngineConfig(threads=1, max_num_seqs=4, max_queue=4, max_slots=4)
-    config = RuntimeConfig(str(tiny_chat_model), adapters_dir, poll_interval_s=0.05, native=native)
+    config = RuntimeConfig(
+        str(tiny_chat_model), adapters_dir, poll_interval_s=0.05, limits=limits, native=native
+    )
     edge = Edge(SERVER)
     runtime = await Runtime.create(config, edge)
     try:
@@ -232,6 +240,27 @@ async def test_a_full_queue_says_when_to_retry(live: Live) -> None:
     assert details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() > 0
     answers = await asyncio.gather(*running)
     assert all(a.usage.completion_tokens == 100 for a in answers)
+
+
+@pytest.mark.parametrize("limits", [LimitsConfig(adapter_limit=("first=1:40",))])
+async def test_an_adapter_at_its_limit_says_when_to_retry(live: Live) -> None:
+    first = {"prompt": "the fox", "adapter": "first", "sampling": {"max_tokens": 60}}
+    first["sampling"]["ignore_eos"] = True
+    running = asyncio.ensure_future(live.generate(**first))
+    await eventually(lambda: _in_flight(live, 1))
+    refusals = [await live.fails(live.generate(**first))]  # one at a time
+    await live.generate(prompt="the fox", adapter="second")
+    await running
+    refusals.append(await live.fails(live.generate(**first)))  # it has had its tokens
+    delays = []
+    for code, details in refusals:
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details["ErrorInfo"].reason == "LIMIT_EXCEEDED"
+        assert details["ErrorInfo"].metadata["adapter"] == "first"
+        delays.append(details["RetryInfo"].retry_delay.ToTimedelta().total_seconds())
+    assert min(delays) > 0
+    await asyncio.sleep(delays[-1] + 0.01)
+    await live.generate(**first)
 
 
 async def _in_flight(live: Live, count: int) -> bool:
