@@ -2,8 +2,9 @@
 neither the queue, nor the engine's places, nor its adapter slots from the others.
 
 - Requests wait here, where they hold no adapter, by adapter and by virtual token counters
-  (`engine/fair_queue.py`, where the bound on the wait is). The engine has only as many as it needs
-  to be full: in it, too, adapters share fairly.
+  (`engine/fair_queue.py`, where the bound on the wait is). The engine, in which adapters share
+  fairly too, has only as many as it needs to be full, and a reserve: adapters that have less than
+  their share inside go there at once.
 - When the queue is full and an adapter comes that has less in it than another, the newest waiting
   request of the one that has most is turned away.
 - An adapter holds its slot while requests of it are in the engine. When others have waited for a
@@ -66,12 +67,12 @@ class Slot:
     """The place of an adapter in the engine."""
 
     since_s: float
-    num_inside: int = 0
     ending: bool = False  # no more requests are let in
 
 
 class Admission:
-    """Event loop only. `always_in_slots`: adapters that hold a slot whatever is asked for."""
+    """Event loop only. `reserve`: how many of the `max_inside` are for adapters with less than
+    their share. `always_in_slots`: adapters that hold a slot whatever is asked for."""
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class Admission:
         *,
         max_in_flight: int,
         max_inside: int,
+        reserve: int,
         max_slots: int,
         always_in_slots: Callable[[], Set[str]],
         clock: Callable[[], float] = time.monotonic,
@@ -86,10 +88,12 @@ class Admission:
         self._limits = limits
         self._max_in_flight = max_in_flight
         self._max_inside = max_inside
+        self._max_of_one = max_inside - reserve
         self._max_slots = max_slots
         self._always_in_slots = always_in_slots
         self._clock = clock
         self._in_flight: Counter[str] = Counter()
+        self._inside: Counter[str] = Counter()
         self._num_inside = 0
         self._queue: FairQueue[Visit] = FairQueue()
         self._slots: dict[str, Slot] = {}  # the one held longest first
@@ -110,9 +114,7 @@ class Admission:
         try:
             yield visit
         finally:
-            self._in_flight[adapter] -= 1
-            if not self._in_flight[adapter]:
-                del self._in_flight[adapter]
+            _count_down(self._in_flight, adapter)
             if visit.entered:
                 self._leave(visit)
 
@@ -157,7 +159,7 @@ class Admission:
         """Let in who may enter."""
         always = self._always_in_slots()
         self._end_turns(always)
-        while self._num_inside < self._max_inside:
+        while self._queue and self._num_inside < self._max_inside:
             adapter = self._queue.first(self._may_enter(always))
             if adapter is None:
                 return
@@ -167,12 +169,17 @@ class Admission:
                 self._enter(visit)
 
     def _may_enter(self, always: Set[str]) -> Callable[[str], bool]:
+        """Of those that wait, who may enter now."""
+        share = self._max_of_one / len(self._in_flight)
+        is_full = self._num_inside >= self._max_of_one
         num_free = self._max_slots - len(self._slots.keys() | always)
         # Without any slot for others, it is for the lease to say so.
         can_take = num_free > 0 or len(always) >= self._max_slots
         next_in_slot = next(iter(self._slot_wanted), None) if can_take else None
 
         def may_enter(adapter: str) -> bool:
+            if is_full and self._inside[adapter] >= share:
+                return False
             slot = self._slots.get(adapter)
             if slot is not None:
                 return not slot.ending
@@ -192,23 +199,23 @@ class Admission:
 
     def _enter(self, visit: Visit) -> None:
         adapter = visit.adapter
-        if adapter != BASE:
+        if adapter != BASE and adapter not in self._slots:
             self._slot_wanted.pop(adapter, None)
-            self._slots.setdefault(adapter, Slot(self._clock())).num_inside += 1
+            self._slots[adapter] = Slot(self._clock())
         self._queue.charge(adapter, INPUT_WEIGHT * visit.num_prompt_tokens)
+        self._inside[adapter] += 1
         self._num_inside += 1
         visit.entered = True
         visit.turn.set_result(None)
 
     def _leave(self, visit: Visit) -> None:
-        self._num_inside -= 1
         adapter = visit.adapter
-        if adapter != BASE:
-            self._slots[adapter].num_inside -= 1
-            if not self._slots[adapter].num_inside:
-                del self._slots[adapter]
-                if self._queue.num_waiting(adapter):
-                    self._slot_wanted[adapter] = self._clock()
+        _count_down(self._inside, adapter)
+        self._num_inside -= 1
+        if adapter in self._slots and adapter not in self._inside:
+            del self._slots[adapter]
+            if self._queue.num_waiting(adapter):
+                self._slot_wanted[adapter] = self._clock()
         self._advance()
 
     def _gone(self, visit: Visit) -> None:
@@ -216,3 +223,9 @@ class Admission:
         visit.waiting = False
         if not self._queue.num_waiting(visit.adapter):
             self._slot_wanted.pop(visit.adapter, None)
+
+
+def _count_down(counts: Counter[str], name: str) -> None:
+    counts[name] -= 1
+    if not counts[name]:
+        del counts[name]

@@ -109,15 +109,7 @@ class Runtime:
         self._manager = manager
         self._tokenizer = tokenizer
         self._observer = observer
-        native = config.native
-        self._admission = Admission(
-            Limits(config.limits),
-            max_in_flight=native.max_num_seqs + native.max_queue,
-            # So many that those that end in one step are replaced in the next.
-            max_inside=native.max_num_seqs + min(native.max_num_seqs, native.max_queue // 2),
-            max_slots=engine.limits.max_slots,
-            always_in_slots=self._merged_name,
-        )
+        self._admission = self._make_admission()
         self._draining = False
         self._cut_off = asyncio.Event()
         # Threads of its own: the loop's are at times all busy with adapters and their tails.
@@ -284,6 +276,19 @@ class Runtime:
         )
 
     # --- inside -----------------------------------------------------------------------------------
+
+    def _make_admission(self) -> Admission:
+        native = self.config.native
+        # So many that those that end in one step are replaced in the next.
+        num_ready = min(native.max_num_seqs, native.max_queue // 4)
+        return Admission(
+            Limits(self.config.limits),
+            max_in_flight=native.max_num_seqs + native.max_queue,
+            max_inside=native.max_num_seqs + 2 * num_ready,
+            reserve=num_ready,
+            max_slots=self._engine.limits.max_slots,
+            always_in_slots=self._merged_name,
+        )
 
     def _refuse_if_draining(self) -> None:
         if self._draining:

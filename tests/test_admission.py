@@ -30,12 +30,12 @@ class World:
     def __init__(self, limits: LimitsConfig | None = None, **changes: Any) -> None:
         self.now_s = 0.0
         self.merged: set[str] = set()
-        bounds = {"max_in_flight": 1000, "max_inside": 4, "max_slots": 8, **changes}
+        bounds = {"max_in_flight": 1000, "max_inside": 4, "reserve": 0, "max_slots": 8}
         self.admission = Admission(
             Limits(limits or LimitsConfig(), self.clock),
             always_in_slots=lambda: self.merged,
             clock=self.clock,
-            **bounds,
+            **(bounds | changes),
         )
         self.requests: list[Request] = []
         self.order: list[Request] = []  # in which they entered
@@ -65,10 +65,10 @@ class World:
 
     @property
     def inside(self) -> list[Request]:
-        return [r for r in self.requests if r.entered and not r.task.done()]
+        return [r for r in self.order if not r.task.done()]
 
     async def end(self, count: int = 1, after_s: float = 0.0) -> None:
-        """The oldest of those inside end."""
+        """Those that have been inside longest end."""
         self.now_s += after_s
         for request in self.inside[:count]:
             request.end.set()
@@ -77,7 +77,9 @@ class World:
     async def close(self) -> None:
         for request in self.requests:
             request.task.cancel()
-        await asyncio.gather(*(r.task for r in self.requests), return_exceptions=True)
+        ends = await asyncio.gather(*(r.task for r in self.requests), return_exceptions=True)
+        refused = (Overloaded, asyncio.CancelledError)
+        assert all(end is None or isinstance(end, refused) for end in ends)
         assert self.admission.num_in_flight == 0
         assert not self.admission._queue and not self.admission._num_inside
         assert not self.admission._slots and not self.admission._slot_wanted
@@ -105,6 +107,22 @@ async def test_a_flood_holds_another_adapter_up_for_one_place() -> None:
     base = await world.add(BASE, 1)
     await world.end(4)
     assert all(request.entered for request in few + base)
+    await world.close()
+
+
+async def test_an_adapter_below_its_share_does_not_wait_behind_a_flood() -> None:
+    world = World(max_inside=12, reserve=4)
+    await world.add("flood", 200)
+    assert len(world.inside) == 8
+    await world.add("few", 5)
+    assert adapters(world.inside) == ["flood"] * 8 + ["few"] * 4, "the reserve, half of 8"
+    await world.add("other", 1)
+    assert len(world.inside) == 12
+    await world.end()
+    assert adapters(world.inside)[-1] == "other"
+    for _ in range(20):
+        await world.end()
+    assert adapters(world.inside) == ["flood"] * 8, "the reserve is free again"
     await world.close()
 
 
@@ -256,14 +274,19 @@ ARRIVALS = st.tuples(st.sampled_from([BASE, *"abcdefg"]), st.integers(1, 12), st
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(ARRIVALS, min_size=1, max_size=25), st.integers(1, 3), st.integers(1, 4))
+@given(
+    st.lists(ARRIVALS, min_size=1, max_size=25),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
 def test_every_wait_is_bounded_whoever_floods(
-    arrivals: list[tuple[str, int, bool]], max_slots: int, max_inside: int
+    arrivals: list[tuple[str, int, bool]], max_slots: int, max_inside: int, reserve: int
 ) -> None:
     """A flood for adapter "flood" goes on and on; all others still enter, in bounded time."""
 
     async def check() -> None:
-        world = World(max_slots=max_slots, max_inside=max_inside)
+        world = World(max_slots=max_slots, max_inside=max_inside + reserve, reserve=reserve)
         await world.add("flood", 20)
         for adapter, count, ends in arrivals:
             await world.add(adapter, count)
@@ -277,7 +300,7 @@ def test_every_wait_is_bounded_whoever_floods(
             num_ends += 1
             # Of each request at most one of the flood's, and for each turn those it drains.
             turns = 2 + len(others)
-            assert num_ends <= 2 * len(others) + turns * (max_inside + 8)
+            assert num_ends <= 2 * len(others) + turns * (max_inside + reserve + 8)
         await world.close()
 
     asyncio.run(check())
