@@ -279,8 +279,8 @@ class Runtime:
 
     def _make_admission(self) -> Admission:
         native = self.config.native
-        # So many that those that end in one step are replaced in the next.
-        num_ready = min(native.max_num_seqs, native.max_queue // 4)
+        # Beside those that run, as many as end in a step, so that no place is empty in the next.
+        num_ready = min(-(-native.max_num_seqs // 4), native.max_queue // 4)
         return Admission(
             Limits(self.config.limits),
             max_in_flight=native.max_num_seqs + native.max_queue,
