@@ -285,8 +285,11 @@ def error(rpc_error: Any, address: str) -> Exception:
         violation = details["BadRequest"].field_violations[0]
         return error_type(violation.field, violation.description)
     if issubclass(error_type, errors.Overloaded):
-        delay = details["RetryInfo"].retry_delay
-        return error_type(message, retry_after_s=delay.ToNanoseconds() / 1e9)
+        retry_after_s = details["RetryInfo"].retry_delay.ToNanoseconds() / 1e9
+        if issubclass(error_type, errors.LimitExceeded):
+            name = info.metadata.get("adapter", "")
+            return error_type(message, retry_after_s=retry_after_s, name=name)
+        return error_type(message, retry_after_s=retry_after_s)
     if issubclass(error_type, errors.AdapterError):
         return error_type(message, name=info.metadata.get("adapter", ""))
     return error_type(message)

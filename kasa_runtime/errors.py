@@ -14,6 +14,7 @@
     │   └── AdapterInUse          requests hold it, or it is merged
     ├── StoreReadOnly             the adapters directory cannot be written
     ├── Overloaded                try again later; carries `retry_after_s`
+    │   ├── LimitExceeded         a limit of this adapter; carries its name
     │   └── ShuttingDown          try again elsewhere
     ├── CapacityExceeded          does not fit the engine's settings, now or ever
     ├── EngineDead                the step thread has ended
@@ -98,6 +99,15 @@ class Overloaded(KasaError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class LimitExceeded(Overloaded):
+    """An adapter has as many requests, or had as many tokens, as its limit allows. `name` is the
+    adapter's, "" for the base model."""
+
+    def __init__(self, message: str, *, retry_after_s: float, name: str = "") -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.name = name
 
 
 class ShuttingDown(Overloaded):

@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from kasa_runtime.admission import Admission, Visit
 from kasa_runtime.background import in_background
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.errors import InvalidRequest, Overloaded, ShuttingDown
+from kasa_runtime.errors import AdapterNotFound, InvalidRequest, ShuttingDown
+from kasa_runtime.limits import Limits, LimitsConfig
 from kasa_runtime.types import (
     BASE,
     AdapterInfo,
@@ -80,6 +82,7 @@ class RuntimeConfig:
     keep_versions: int = field(
         default=5, metadata={"help": "versions of an adapter that are kept for rollback"}
     )
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     native: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -118,8 +121,7 @@ class Runtime:
         self._manager = manager
         self._tokenizer = tokenizer
         self._observer = observer
-        self._max_in_flight = config.native.max_num_seqs + config.native.max_queue
-        self._in_flight = 0
+        self._admission = self._make_admission()
         self._draining = False
         self._cut_off = asyncio.Event()
         # Threads of its own: the loop's are at times all busy with adapters and their tails.
@@ -170,7 +172,7 @@ class Runtime:
         rest."""
         self._draining = True
         deadline = time.monotonic() + timeout_s
-        while self._in_flight and self.alive and time.monotonic() < deadline:
+        while self._admission.num_in_flight and self.alive and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
         self._cut_off.set()
 
@@ -206,24 +208,21 @@ class Runtime:
         next step.
 
         Raises, before the first chunk: InvalidRequest, AdapterNotFound, AdapterQuarantined,
-        AdapterInvalid, CapacityExceeded, Overloaded, EngineDead."""
+        AdapterInvalid, CapacityExceeded, Overloaded, LimitExceeded, EngineDead."""
         from kasa_runtime.generation import Generation
 
         detokenizer = self._tokenizer.detokenizer(request.sampling)
         generation = Generation(request, time.monotonic(), detokenizer, self._observer)
         try:
-            self._refuse_if_full()
-            self._observer.queued(generation.name)
-            self._in_flight += 1
-            try:
+            self._refuse_if_draining()
+            with self._admission.visit(generation.name) as visit:
+                self._observer.queued(generation.name)
                 loop = asyncio.get_running_loop()
                 encoding = loop.run_in_executor(self._encoding, self._encode, request)
                 generation.prompt_ids = await encoding
-                async with aclosing(self._run(generation)) as chunks:
+                async with aclosing(self._run(generation, visit)) as chunks:
                     async for chunk in chunks:
                         yield chunk
-            finally:
-                self._in_flight -= 1
         except (GeneratorExit, asyncio.CancelledError):
             generation.abandon()
             raise
@@ -281,7 +280,7 @@ class Runtime:
         engine = self._engine.stats()
         return RuntimeStats(
             num_requests_running=engine.num_running,
-            num_requests_waiting=max(0, self._in_flight - engine.num_running),
+            num_requests_waiting=max(0, self._admission.num_in_flight - engine.num_running),
             kv_cache_usage=engine.kv_cache_usage,
             prefix_cache_queries=engine.prefix_cache_queries,
             prefix_cache_hits=engine.prefix_cache_hits,
@@ -291,15 +290,36 @@ class Runtime:
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _refuse_if_full(self) -> None:
+    def _make_admission(self) -> Admission:
+        native = self.config.native
+        # Beside those that run, as many as end in a step, so that no place is empty in the next.
+        num_ready = min(-(-native.max_num_seqs // 4), native.max_queue // 4)
+        return Admission(
+            Limits(self.config.limits),
+            max_in_flight=native.max_num_seqs + native.max_queue,
+            max_inside=native.max_num_seqs + 2 * num_ready,
+            reserve=num_ready,
+            max_slots=self._engine.limits.max_slots,
+            always_in_slots=self._merged_name,
+        )
+
+    def _refuse_if_draining(self) -> None:
         if self._draining:
             raise ShuttingDown("this server is shutting down; try another", retry_after_s=5.0)
-        if self._in_flight >= self._max_in_flight:
-            raise Overloaded(
-                f"{self._in_flight} requests are running or waiting, the limit is "
-                f"{self._max_in_flight}; try again later",
-                retry_after_s=1.0,
-            )
+
+    def _merged_name(self) -> set[str]:
+        merged = self._manager.merged
+        return {merged.partition("@")[0]} if merged else set()
+
+    async def _exists(self, name: str) -> bool:
+        """Whether there is such an adapter; names that clients make up take no place."""
+        if name == BASE:
+            return True
+        try:
+            await self._manager.get(name)
+        except AdapterNotFound:
+            return False
+        return True
 
     def _encode(self, request: GenerationRequest) -> tuple[int, ...]:
         """The prompt's ids, checked against the model's limits. Raises InvalidRequest naming the
@@ -329,13 +349,15 @@ class Runtime:
             )
         return ids
 
-    async def _run(self, generation: Generation) -> AsyncGenerator[TokenChunk, None]:
+    async def _run(self, generation: Generation, visit: Visit) -> AsyncGenerator[TokenChunk, None]:
         from kasa_runtime.engine.base import EngineRequest
 
         request = generation.request
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout_at(_on_loop_clock(request.deadline_s)):
+                    if await self._exists(generation.name):
+                        await visit.enter(len(generation.prompt_ids))
                     lease = await stack.enter_async_context(self._lease(request.adapter))
             except TimeoutError:
                 yield generation.end(FinishReason.DEADLINE)
@@ -347,11 +369,13 @@ class Runtime:
                 request.sampling,
                 lease.key if lease else None,
                 request.deadline_s,
+                generation.name,
             )
             outputs = await stack.enter_async_context(
                 aclosing(self._engine.generate(engine_request))
             )
             async for output in outputs:
+                visit.charge(len(output.token_ids))
                 chunk = generation.advance(output)
                 if chunk.finish_reason is None and self._cut_off.is_set():
                     chunk = generation.end(FinishReason.CANCELLED, chunk)

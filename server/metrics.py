@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kasa_runtime.errors import Overloaded
+from kasa_runtime.errors import reason as reason_of
 from kasa_runtime.types import AdapterInfo, FinishReason, Mode, Observer, RuntimeStats
 
 BASE_LABEL, OTHER_LABEL = "_base", "_other"
@@ -92,6 +94,12 @@ class Metrics(Observer):
             "Requests that ended; finish_reason is `error` for those that failed",
             *("adapter", "mode", "finish_reason"),
         )
+        self._refused = self._counter(
+            "kasa_requests_refused",
+            "Requests that were told to try again later: overloaded (the queue is full), "
+            "limit_exceeded (of the adapter) or shutting_down",
+            *("adapter", "reason"),
+        )
         self._load = self._histogram(
             "kasa_adapter_load_seconds", "A stage of loading an adapter", LOAD_BUCKETS, "stage"
         )
@@ -132,7 +140,10 @@ class Metrics(Observer):
 
     def failed(self, adapter: str, error: BaseException) -> None:
         reason = FinishReason.CANCELLED.value if isinstance(error, CancelledError) else "error"
-        self._requests.labels(self.label(adapter), "unknown", reason).inc()
+        label = self.label(adapter)
+        self._requests.labels(label, "unknown", reason).inc()
+        if isinstance(error, Overloaded):
+            self._refused.labels(label, reason_of(type(error)).lower()).inc()
 
     def adapter_loaded(self, adapter: str, *, stage: str, seconds: float) -> None:
         self._load.labels(stage).observe(seconds)
@@ -147,7 +158,7 @@ class Metrics(Observer):
 
     def adapters_changed(self, adapters: Sequence[AdapterInfo]) -> None:
         by_adapter = (self._ttft, self._inter_token, self._e2e, self._queue)
-        counters = (self._prompt_tokens, self._generated, self._requests)
+        counters = (self._prompt_tokens, self._generated, self._requests, self._refused)
         for name in self.label.update(adapters):
             for metric in (*by_adapter, *counters):
                 metric.remove_by_labels({"adapter": name})

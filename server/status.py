@@ -77,6 +77,7 @@ RULES: dict[type[errors.KasaError], Rule] = {
     # Not RESOURCE_EXHAUSTED, which clients retry: it will not fit later either.
     errors.CapacityExceeded: Rule(StatusCode.FAILED_PRECONDITION, _precondition),
     errors.Overloaded: Rule(StatusCode.RESOURCE_EXHAUSTED, _retry),
+    errors.LimitExceeded: Rule(StatusCode.RESOURCE_EXHAUSTED, _retry),
     errors.ShuttingDown: Rule(StatusCode.UNAVAILABLE, _retry),
     errors.EngineDead: Rule(StatusCode.UNAVAILABLE),
     # Not raised while serving; should one come up all the same, the client cannot help it.

@@ -23,6 +23,7 @@ from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.client import AsyncClient
 from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.limits import LimitsConfig
 from kasa_runtime.runtime import Runtime, RuntimeConfig
 from kasa_runtime.types import AdapterState, FinishReason, Mode, SamplingParams
 from server.app import Edge, Server
@@ -78,12 +79,19 @@ def write_adapter(directory: Path, model: Path, *, seed: int = 0, **options: Any
 
 
 @pytest.fixture
-async def live(tiny_chat_model: Path, tmp_path: Path) -> AsyncIterator[Live]:
+def limits() -> LimitsConfig:
+    return LimitsConfig()
+
+
+@pytest.fixture
+async def live(tiny_chat_model: Path, tmp_path: Path, limits: LimitsConfig) -> AsyncIterator[Live]:
     adapters_dir = tmp_path / "adapters"
     write_adapter(adapters_dir / "first", tiny_chat_model, seed=1)
     write_adapter(adapters_dir / "second", tiny_chat_model, seed=2, kasa=False)
     native = EngineConfig(threads=1, max_num_seqs=4, max_queue=4, max_slots=4)
-    config = RuntimeConfig(str(tiny_chat_model), adapters_dir, poll_interval_s=0.05, native=native)
+    config = RuntimeConfig(
+        str(tiny_chat_model), adapters_dir, poll_interval_s=0.05, limits=limits, native=native
+    )
     edge = Edge(SERVER)
     runtime = await Runtime.create(config, edge)
     try:
@@ -232,6 +240,23 @@ async def test_a_full_queue_says_when_to_retry(live: Live) -> None:
     assert details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() > 0
     answers = await asyncio.gather(*running)
     assert all(a.usage.completion_tokens == 100 for a in answers)
+
+
+@pytest.mark.parametrize("limits", [LimitsConfig(adapter_limit=("first=1", "second=:1"))])
+async def test_an_adapter_at_its_limit_says_when_to_retry(live: Live) -> None:
+    long = {"prompt": "the fox", "sampling": {"max_tokens": 60, "ignore_eos": True}}
+    running = asyncio.ensure_future(live.generate(**long, adapter="first"))
+    refusals = {"first": await live.fails(live.generate(**long, adapter="first"))}
+    await running
+    await live.generate(**long, adapter="second")
+    refusals["second"] = await live.fails(live.generate(**long, adapter="second"))
+    for name, (code, details) in refusals.items():
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details["ErrorInfo"].reason == "LIMIT_EXCEEDED"
+        assert details["ErrorInfo"].metadata["adapter"] == name
+        assert 0 < details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() < 80
+    await live.generate(**long)
+    await live.generate(**long, adapter="first")
 
 
 async def _in_flight(live: Live, count: int) -> bool:

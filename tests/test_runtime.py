@@ -27,10 +27,12 @@ from kasa_runtime.errors import (
     CapacityExceeded,
     EngineDead,
     InvalidRequest,
+    LimitExceeded,
     ModelError,
     Overloaded,
     ShuttingDown,
 )
+from kasa_runtime.limits import LimitsConfig
 from kasa_runtime.runtime import Runtime, RuntimeConfig, begin
 from kasa_runtime.tokenizer import Tokenizer
 from kasa_runtime.types import (
@@ -422,6 +424,75 @@ async def test_when_the_queue_is_full_one_more_is_refused(
         assert caught.value.retry_after_s > 0
         assert [len(tokens_of(chunks)) for chunks in await asyncio.gather(*reading)] == [90, 90]
         assert await read(runtime, ask("later"))
+
+
+async def test_a_full_queue_has_room_for_an_adapter_that_does_not_fill_it(
+    tiny_chat_model: Path, adapters_dir: Path
+) -> None:
+    async with serving(tiny_chat_model, adapters_dir, max_num_seqs=1, max_queue=6) as runtime:
+        flood = [
+            asyncio.create_task(read(runtime, ask(f"{i}", adapter="alpha", sampling=LONG)))
+            for i in range(7)
+        ]
+        await until(lambda: runtime.stats().num_requests_running == 1)
+        assert tokens_of(await read(runtime, ask("other", adapter="beta")))
+        results = await asyncio.gather(*flood, return_exceptions=True)
+    assert [isinstance(result, Overloaded) for result in results] == [False] * 6 + [True]
+
+
+async def test_a_flood_in_the_only_slot_leaves_it_to_others_in_turn(
+    tiny_chat_model: Path, adapters_dir: Path, want: Callable[[str], list[int]]
+) -> None:
+    changes = {"max_slots": 1, "max_num_seqs": 2}
+    async with serving(tiny_chat_model, adapters_dir, **changes) as runtime:
+        stopped = False
+
+        async def flood(i: int) -> None:
+            num_requests = 0
+            while not stopped:
+                await read(runtime, ask(f"{i}/{num_requests}", adapter="alpha", sampling=LONG))
+                num_requests += 1
+
+        floods = [asyncio.create_task(flood(i)) for i in range(8)]
+        await until(lambda: runtime.stats().num_requests_running == 2)
+        for name in ("beta", "gamma"):
+            chunks = await read(runtime, ask(name, adapter=name))
+            assert tokens_of(chunks) == want(name)
+        stopped = True
+        await asyncio.gather(*floods)
+
+
+async def test_a_limit_of_an_adapter_is_its_own(tiny_chat_model: Path, adapters_dir: Path) -> None:
+    limits = LimitsConfig(adapter_limit=("alpha=1", "beta=:1"))
+    wanted = RuntimeConfig(str(tiny_chat_model), adapters_dir, limits=limits, native=config())
+    async with asyncio.timeout(30), await Runtime.create(wanted) as runtime:
+        reading = asyncio.create_task(read(runtime, ask("a", adapter="alpha", sampling=LONG)))
+        await until(lambda: runtime.stats().num_requests_running == 1)
+        with pytest.raises(LimitExceeded, match="alpha"):
+            await read(runtime, ask("b", adapter=f"alpha@{info(runtime, 'alpha').version}"))
+        await read(runtime, ask("c", adapter="beta", sampling=LONG))
+        with pytest.raises(LimitExceeded, match="1 tokens per second") as caught:
+            await read(runtime, ask("d", adapter="beta"))
+        assert 0 < caught.value.retry_after_s < 120  # 90 tokens and the prompt's
+        assert await read(runtime, ask("e", adapter="gamma"))
+        assert await read(runtime, ask("f"))
+        await reading
+
+
+async def test_a_name_that_nobody_has_is_refused_at_once_however_busy(
+    tiny_chat_model: Path, adapters_dir: Path
+) -> None:
+    changes = {"max_slots": 1, "max_num_seqs": 1}
+    async with serving(tiny_chat_model, adapters_dir, **changes) as runtime:
+        busy = [
+            asyncio.create_task(read(runtime, ask(f"{i}", adapter="alpha", sampling=LONG)))
+            for i in range(4)
+        ]
+        await until(lambda: runtime.stats().num_requests_running == 1)
+        with pytest.raises(AdapterNotFound):
+            await read(runtime, ask("b", adapter="nobody"))
+        assert not any(task.done() for task in busy)
+        await asyncio.gather(*busy)
 
 
 async def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

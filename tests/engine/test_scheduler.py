@@ -51,6 +51,7 @@ class World:
     scheduler: Scheduler
     outputs: dict[Sequence, int] = field(default_factory=dict)
     order: list[Sequence] = field(default_factory=list)  # of arrival, unfinished
+    admitted: list[Sequence] = field(default_factory=list)  # in order of admission, unfinished
     num_merges: int = 0
     cache: dict[tuple[int, int], tuple[Content, int]] = field(default_factory=dict)
 
@@ -58,9 +59,13 @@ class World:
         return self.add_prompt(range(num_prompt_tokens), num_outputs)
 
     def add_prompt(
-        self, token_ids: Iterable[int], num_outputs: int, adapter: str | None = None
+        self,
+        token_ids: Iterable[int],
+        num_outputs: int,
+        adapter: str | None = None,
+        client: str = "",
     ) -> Sequence:
-        wanted = request("a", list(token_ids), adapter=adapter)
+        wanted = request("a", list(token_ids), adapter=adapter, client=client)
         seq = Sequence(wanted, num_merges=self.num_merges)
         self.outputs[seq] = num_outputs
         self.order.append(seq)
@@ -69,12 +74,15 @@ class World:
 
     def finish(self, seq: Sequence) -> None:
         self.order.remove(seq)
+        if seq in self.admitted:
+            self.admitted.remove(seq)
         self.scheduler.finish(seq)
         assert seq.block_table == []
 
     def step(self) -> ScheduledBatch:
         decoding = [seq for seq in self.scheduler.running if seq.num_pending == 1]
         batch = self.scheduler.schedule(time.monotonic())
+        self.admitted += [s for s in self.scheduler.running if s not in self.admitted]
         self.check(batch, decoding)
         sampled = batch.sampling
         self.run(batch)
@@ -120,7 +128,7 @@ class World:
         for seq, n in batch.entries:
             assert len(seq.block_table) * blocks.block_size >= seq.num_computed + n
         if self.order:
-            assert self.order[0] in running, "the oldest does not progress"
+            assert self.admitted[0] in running, "the one admitted first does not progress"
         for seq in decoding:
             assert seq in running or seq in self.scheduler.waiting, "a stream is stalled"
         self.check_blocks()
@@ -135,7 +143,7 @@ class World:
         assert blocks.usage == pytest.approx(len(owned) / blocks.num_blocks)
 
 
-ADAPTERS = st.sampled_from([None, "a@1", "a@2"])
+ADAPTERS = st.sampled_from([(None, ""), ("a@1", "a"), ("a@2", "a"), ("b@1", "b")])
 PROMPTS = st.tuples(st.integers(0, 1), st.integers(1, 12), st.integers(0, 1), st.integers(0, 8))
 OPERATIONS = st.one_of(
     st.tuples(st.just("add"), PROMPTS, st.integers(1, 12), ADAPTERS),  # 32 tokens fit alone
@@ -154,9 +162,9 @@ def test_sequences_read_their_own_keys_and_values_no_block_is_lost_and_all_finis
     world = World(scheduler(max_prefill_tokens=max_prefill_tokens, prefix_caching=prefix_caching))
     for name, *arguments in operations:
         if name == "add":
-            (first, first_len, second, second_len), num_outputs, adapter = arguments
+            (first, first_len, second, second_len), num_outputs, (adapter, client) = arguments
             token_ids = [first] * first_len + [second] * second_len
-            world.add_prompt(token_ids, num_outputs, adapter)
+            world.add_prompt(token_ids, num_outputs, adapter, client)
         elif name == "step":
             for _ in range(arguments[0]):
                 world.step()
@@ -165,7 +173,7 @@ def test_sequences_read_their_own_keys_and_values_no_block_is_lost_and_all_finis
         elif world.order:
             world.finish(world.order[arguments[0] % len(world.order)])
         world.check_blocks()
-    bound = 32 * len(world.order)  # the oldest takes at most one step a token
+    bound = 32 * len(world.order)  # the one admitted first takes at most one step a token
     for _ in range(bound):
         if world.order:
             world.step()
@@ -291,6 +299,88 @@ def test_schedule_records_when_a_sequence_first_entered() -> None:
     seq.num_computed = 8
     wanted.schedule(6.0)
     assert seq.scheduled_s == 5.0
+
+
+# --- fairness between clients ---------------------------------------------------------------------
+
+
+FLOODS = ("a", "b", "c")
+ARRIVALS = st.one_of(
+    st.tuples(st.sampled_from(FLOODS), st.integers(1, 12), st.integers(1, 12), st.integers(1, 9)),
+    st.tuples(st.just("new"), st.integers(1, 12), st.integers(1, 12), st.just(1)),
+    st.tuples(st.just(""), st.integers(1, 6), st.just(0), st.just(0)),  # steps
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(ARRIVALS, min_size=1, max_size=30), st.integers(1, 4), st.booleans())
+def test_a_client_that_was_idle_waits_for_one_request_of_each_other_whatever_they_flood(
+    arrivals: list[tuple[str, int, int, int]], max_num_seqs: int, prefix_caching: bool
+) -> None:
+    world = World(scheduler(max_num_seqs=max_num_seqs, prefix_caching=prefix_caching))
+    newcomers: dict[Sequence, int] = {}  # to the number admitted before they came
+    waited: dict[Sequence, int] = {}  # steps
+    admitted: list[Sequence] = []
+
+    def step() -> None:
+        world.step()
+        admitted.extend(s for s in world.scheduler.running if s not in admitted)
+        admitted.extend(s for s in waited if s.scheduled_s is not None and s not in admitted)
+        for seq in waited:
+            waited[seq] += seq not in admitted
+
+    for client, num_prompt_tokens, num_outputs, count in arrivals:
+        for _ in range(num_prompt_tokens if not client else 0):
+            step()
+        for _ in range(count):
+            name = f"new {len(newcomers)}" if client == "new" else client
+            seq = world.add_prompt(range(num_prompt_tokens), num_outputs, client=name)
+            waited[seq] = 0
+            if client == "new":
+                newcomers[seq] = len(admitted)
+    while world.order:
+        step()
+    for seq, num_before in newcomers.items():
+        between = [s.request.client for s in admitted[num_before : admitted.index(seq)]]
+        assert len(set(between)) == len(between), "another client had two turns"
+        assert waited[seq] <= 32 * (max_num_seqs + len(between))
+
+
+def test_a_flood_of_one_client_holds_no_other_up() -> None:
+    world = World(scheduler(num_blocks=40, max_num_seqs=2))
+    for _ in range(50):
+        world.add_prompt(range(2), 4, client="flood")
+    for _ in range(10):
+        world.step()
+    other = world.add_prompt(range(2), 4, client="other")
+    num_steps = 0
+    while not other.num_output_tokens:
+        world.step()
+        num_steps += 1
+    assert num_steps <= 5  # one of the two running sequences ends after four
+    drain(world)
+
+
+def test_clients_share_tokens_whatever_the_length_of_their_requests() -> None:
+    world = World(scheduler(num_blocks=40, max_num_seqs=4, prefix_caching=False))
+    num_tokens = dict.fromkeys(("long", "short"), 0)
+    for _ in range(60):
+        world.add_prompt(range(2), 10, client="long")
+    for _ in range(300):
+        world.add_prompt(range(2), 2, client="short")
+    for _ in range(120):
+        for seq, _ in world.step().entries:
+            num_tokens[seq.request.client] += 1
+    ratio = num_tokens["long"] / num_tokens["short"]
+    assert 0.5 < ratio < 2  # in the order of arrival, the long ones would have all places
+
+
+def test_one_client_is_served_in_the_order_of_arrival() -> None:
+    world = World(scheduler(num_blocks=40, max_num_seqs=2))
+    seqs = [world.add_prompt(range(1 + i % 3), 1 + i % 4, client="a") for i in range(12)]
+    drain(world)
+    times = [seq.scheduled_s or 0.0 for seq in seqs]
+    assert times == sorted(times)
 
 
 # --- equal beginnings ----------------------------------------------------------------------------

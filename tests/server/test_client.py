@@ -167,6 +167,7 @@ async def test_tokenize(client):
 
 ERRORS = [
     errors.Overloaded("the queue is full", retry_after_s=2.5),
+    errors.LimitExceeded("has its tokens", retry_after_s=0.5, name="style"),
     errors.AdapterQuarantined("was refused", name="style"),
     errors.BaseMismatch("another base", name="style"),
     errors.CapacityExceeded("rank 64 does not fit"),

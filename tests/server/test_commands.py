@@ -139,9 +139,11 @@ def test_serve_passes_its_flags_on(monkeypatch):
 
     monkeypatch.setattr("server.app.serve", fake_serve)
     arguments = ["--model", "m", "--grpc-port", "0", "--adapters-dir", "a"]
+    arguments += ["--adapter-limit", "style=4:200", "--adapter-limit", "few=1"]
     result = CliRunner().invoke(serve.command, arguments, env={"KASA_HTTP_PORT": "9"})
     assert result.exit_code == 3
-    runtime_config, server_config = seen
+    runtime_config, server_config, _ = seen
     assert isinstance(runtime_config, RuntimeConfig)
     assert (runtime_config.model, runtime_config.adapters_dir) == ("m", Path("a"))
+    assert runtime_config.limits.adapter_limit == ("style=4:200", "few=1")
     assert server_config == ServerConfig(grpc_port=0, http_port=9)

@@ -8,6 +8,7 @@ from fake_runtime import STYLE, FakeRuntime
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kasa_runtime.errors import LimitExceeded, Overloaded, ShuttingDown
 from kasa_runtime.types import AdapterState, FinishReason, Mode
 from server.metrics import Gauges, Metrics
 
@@ -24,6 +25,7 @@ NAMES = {
     "kasa_prompt_tokens",
     "kasa_generation_tokens",
     "kasa_requests",
+    "kasa_requests_refused",
     "kasa_adapter_info",
     "kasa_adapter_resident",
     "kasa_adapter_load_seconds",
@@ -90,6 +92,24 @@ def test_request_that_failed_or_was_cancelled_is_counted(metrics, error, reason)
     metrics.failed("one", error)
     labels = (("adapter", "one"), ("finish_reason", reason), ("mode", "unknown"))
     assert samples(metrics)["kasa_requests_total", *labels] == 1
+
+
+@pytest.mark.parametrize(
+    ("error_type", "reason"),
+    [
+        (Overloaded, "overloaded"),
+        (LimitExceeded, "limit_exceeded"),
+        (ShuttingDown, "shutting_down"),
+    ],
+)
+def test_requests_that_are_to_come_again_are_counted_by_reason(metrics, error_type, reason):
+    metrics.failed("one", error_type("no", retry_after_s=1.0))
+    metrics.failed("one", RuntimeError())
+    refused = {k: v for k, v in samples(metrics).items() if k[0] == "kasa_requests_refused_total"}
+    labels = (("adapter", "one"), ("reason", reason))
+    assert refused == {("kasa_requests_refused_total", *labels): 1}
+    metrics.adapters_changed(infos("two"))
+    assert not any(("adapter", "one") in labels for _, *labels in samples(metrics))
 
 
 def test_label_is_bounded(metrics):

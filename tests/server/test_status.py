@@ -49,6 +49,7 @@ CODES = {
     "StoreReadOnly": StatusCode.FAILED_PRECONDITION,
     "CapacityExceeded": StatusCode.FAILED_PRECONDITION,
     "Overloaded": StatusCode.RESOURCE_EXHAUSTED,
+    "LimitExceeded": StatusCode.RESOURCE_EXHAUSTED,
     "ShuttingDown": StatusCode.UNAVAILABLE,
     "EngineDead": StatusCode.UNAVAILABLE,
 }

@@ -1,10 +1,19 @@
 """Who takes part in the next step, and with how many tokens.
 
 Every running sequence that decodes gets its token in every step. What is left of the token budget
-goes to prompts, first come, first served, in chunks if they are longer; while others decode, only
-so much of it that they do not wait long. A prompt's beginning that is in the cache is not computed
-again, but for its last token, whose logits are wanted. When the cache is full the sequence that
-came last gives its blocks back and recomputes later, so the oldest always finishes.
+goes to prompts, in the order in which they were admitted, in chunks if they are longer; while
+others decode, only so much of it that they do not wait long. A prompt's beginning that is in the
+cache is not computed again, but for its last token, whose logits are wanted. When the cache is full
+the sequence that was admitted last gives its blocks back and recomputes later, before others are
+admitted, so the one admitted first always finishes.
+
+Who is admitted next is fair between clients (`fair_queue.py`): of the client that got the fewest
+tokens, its oldest request. So every request waits a bounded time. Let its client's counter be `c`
+when it is admitted, and the smallest counter of those waiting have been `v` when it came: at most
+`c - v + 1` requests of each other client are admitted in between, one if its client was idle
+before. The sequence that was admitted first has tokens in every step, so in as many steps as the
+context has tokens one ends: with `n` admitted in between, a request waits for at most
+`(max_num_seqs + n) * context_length` steps.
 """
 
 from __future__ import annotations
@@ -12,6 +21,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from kasa_runtime.engine.fair_queue import INPUT_WEIGHT, OUTPUT_WEIGHT, FairQueue
 from kasa_runtime.engine.native.block_manager import BlockManager
 from kasa_runtime.engine.native.executor import PackedBatch, SequenceSlice
 from kasa_runtime.engine.native.sequence import Sequence
@@ -53,8 +63,7 @@ class Scheduler:
         prefix_caching: bool,
     ) -> None:
         self.blocks = blocks
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival
+        self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # prompt tokens looked for in the cache
         self.prefix_cache_hits = 0  # and found
@@ -62,13 +71,20 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._max_prefill_tokens = max_prefill_tokens or max_num_batched_tokens
         self._prefix_caching = prefix_caching
+        self._preempted: deque[Sequence] = deque()  # in order of admission, all before the queue
+        self._queue: FairQueue[Sequence] = FairQueue()
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
+        self._queue.push(seq.request.client, seq)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """The preempted ones first, then client by client."""
+        return [*self._preempted, *self._queue]
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.running or self._preempted or self._queue)
 
     def expired(self, now_s: float) -> list[tuple[Sequence, FinishReason]]:
         """Sequences that must not go on: cancelled, or past their deadline."""
@@ -93,6 +109,8 @@ class Scheduler:
     def computed(self, batch: ScheduledBatch) -> None:
         """The batch has run: its keys and values are in the cache, full blocks for all to find."""
         for seq, num_tokens in batch.entries:
+            if num_tokens == seq.num_pending:
+                self._queue.charge(seq.request.client, OUTPUT_WEIGHT)
             seq.num_computed += num_tokens
             if self._prefix_caching:
                 self._publish(seq)
@@ -102,8 +120,10 @@ class Scheduler:
         self.blocks.free(seq.block_table)
         if seq in self.running:
             self.running.remove(seq)
+        elif seq in self._preempted:
+            self._preempted.remove(seq)
         else:
-            self.waiting.remove(seq)
+            self._queue.remove(seq.request.client, seq)
 
     def _prefill_budget(self) -> int:
         """Prompt tokens of the next step."""
@@ -123,19 +143,21 @@ class Scheduler:
         return budget
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> bool:
-        """Preempt from the youngest on until `seq` can grow; False if `seq` itself had to go."""
+        """Preempt, the last admitted first, until `seq` can grow; False if it had to go itself."""
         while not self.blocks.can_grow(seq.block_table, num_tokens):
             victim = self.running.pop()
             self._take_blocks(victim)
-            self.waiting.appendleft(victim)
+            self._preempted.appendleft(victim)
             self.num_preemptions += 1
             if victim is seq:
                 return False
         return True
 
     def _admit(self, entries: list[tuple[Sequence, int]], budget: int, now_s: float) -> None:
-        while self.waiting and budget and len(self.running) < self._max_num_seqs:
-            seq = self.waiting[0]
+        while budget and len(self.running) < self._max_num_seqs:
+            seq = self._next()
+            if seq is None:
+                return
             if self._prefix_caching:
                 self._share_prefix(seq)
             num_tokens = min(seq.num_pending, budget)
@@ -143,15 +165,27 @@ class Scheduler:
                 self._take_blocks(seq)
                 return
             self.blocks.grow(seq.block_table, seq.num_computed + num_tokens)
-            self.running.append(self.waiting.popleft())
-            if seq.scheduled_s is None:
+            self.running.append(seq)
+            if self._preempted:
+                self._preempted.popleft()
+            else:
+                self._queue.pop(seq.request.client)
                 self._first_scheduled(seq, now_s)
             entries.append((seq, num_tokens))
             budget -= num_tokens
 
+    def _next(self) -> Sequence | None:
+        """Who is to be admitted next."""
+        if self._preempted:
+            return self._preempted[0]
+        client = self._queue.first()
+        return None if client is None else self._queue.peek(client)
+
     def _first_scheduled(self, seq: Sequence, now_s: float) -> None:
         seq.scheduled_s = now_s
         seq.num_cached_tokens = seq.num_computed
+        num_new_tokens = seq.num_prompt_tokens - seq.num_cached_tokens
+        self._queue.charge(seq.request.client, INPUT_WEIGHT * num_new_tokens)
         if self._prefix_caching:
             self.prefix_cache_queries += seq.num_prompt_tokens
             self.prefix_cache_hits += seq.num_cached_tokens
