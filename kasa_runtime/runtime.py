@@ -334,6 +334,7 @@ class Runtime:
                 request.sampling,
                 lease.key if lease else None,
                 request.deadline_s,
+                request.cache_salt,
             )
             outputs = await stack.enter_async_context(
                 aclosing(self._engine.generate(engine_request))

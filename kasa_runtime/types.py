@@ -141,7 +141,8 @@ class GenerationRequest:
     """One generation. Exactly one of `prompt`, `messages` and `token_ids` is given.
 
     `adapter` is "" (base model), "name" (its current version) or "name@version". `deadline_s` is on
-    the clock of `time.monotonic`. `request_id` must be unique among the requests in flight.
+    the clock of `time.monotonic`. `request_id` must be unique among the requests in flight. Only
+    requests with one `cache_salt` share what is in the prefix cache.
     """
 
     request_id: str
@@ -151,6 +152,7 @@ class GenerationRequest:
     token_ids: tuple[int, ...] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     deadline_s: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

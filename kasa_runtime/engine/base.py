@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """`adapter` is the key of a loaded adapter, None for the base. `deadline_s` is on
-    time.monotonic's clock."""
+    time.monotonic's clock. Only requests with the same `cache_salt` share keys and
+    values."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter: str | None = None
     deadline_s: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,9 +180,9 @@ def request(
     adapter: str | None = None,
     **sampling: Any,
 ) -> EngineRequest:
-    deadline_s = sampling.pop("deadline_s", None)
+    deadline_s, salt = sampling.pop("deadline_s", None), sampling.pop("cache_salt", "")
     params = SamplingParams(max_tokens=count, **sampling)
-    return EngineRequest(name, tuple(token_ids), params, adapter, deadline_s)
+    return EngineRequest(name, tuple(token_ids), params, adapter, deadline_s, salt)
 
 
 @dataclass

@@ -152,6 +152,7 @@ class Run:
             token_ids=action.prompt,
             sampling=SamplingParams(max_tokens=action.max_tokens),
             deadline_s=time.monotonic() + action.deadline_s if action.deadline_s else None,
+            cache_salt=action.salt,
         )
         name = self._name(action.name)
         name.waiting.append(answer)
