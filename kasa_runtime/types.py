@@ -265,6 +265,9 @@ class RuntimeStats:
     resident_adapters: Mapping[str, str] = field(
         default_factory=dict
     )  # name -> tier ("slot", "host")
+    token_shares: Mapping[str, float] = field(
+        default_factory=dict
+    )  # "name@version" -> share that auto mode decides by, 0 to 1; empty in manual mode
 
 
 class Observer:
@@ -295,6 +298,9 @@ class Observer:
 
     def merged(self, adapter: str, *, seconds: float) -> None:
         """An adapter was merged, or with "" the pristine weights were put back."""
+
+    def merge_decided(self, adapter: str) -> None:
+        """Auto mode is about to merge an adapter, or with "" to put the pristine weights back."""
 
     def upload_rejected(self, reason: str) -> None: ...
 
