@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check format bench bench-training clean
+.PHONY: demo test check format soak bench bench-training clean
 
 $(STAMP): pyproject.toml proto/build_hook.py $(wildcard proto/kasa/v1/*.proto)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,6 +15,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+soak: $(STAMP)
+	cd tests && ../$(BIN)/python -m oracle
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -45,6 +45,7 @@ class GenerateOptions(TypedDict, total=False):
     sampling: t.SamplingParams
     timeout_s: float | None  # default: none
     request_id: str  # for the server's log
+    cache_salt: str  # only requests with the same one share cached prefixes; default: ""
 
 
 class UploadOptions(TypedDict, total=False):
@@ -140,6 +141,7 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> Any:
         chat=_chat(messages),
         tokens=None if token_ids is None else generation_pb2.TokenIds(ids=token_ids),
         sampling=generation_pb2.SamplingParams(**sampling),
+        cache_salt=options.get("cache_salt", ""),
     )
 
 

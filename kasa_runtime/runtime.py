@@ -23,6 +23,7 @@ from kasa_runtime.background import in_background
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import AdapterNotFound, InvalidRequest, ShuttingDown
 from kasa_runtime.limits import Limits, LimitsConfig
+from kasa_runtime.merging import AutoMerge, MergeConfig, MergePolicy
 from kasa_runtime.types import (
     BASE,
     AdapterInfo,
@@ -83,6 +84,7 @@ class RuntimeConfig:
         default=5, metadata={"help": "versions of an adapter that are kept for rollback"}
     )
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    merging: MergeConfig = field(default_factory=MergeConfig)
     native: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -124,6 +126,10 @@ class Runtime:
         self._admission = self._make_admission()
         self._draining = False
         self._cut_off = asyncio.Event()
+        self._merge_policy = MergePolicy(config.merging)
+        self._auto_merge: AutoMerge | None = None
+        if config.merging.mode == "auto":
+            self._auto_merge = AutoMerge(config.merging, manager, observer, self._merge_policy)
         # Threads of its own: the loop's are at times all busy with adapters and their tails.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -179,6 +185,8 @@ class Runtime:
     async def close(self) -> None:
         """Stop watching and stepping; running requests end as cancelled."""
         self._draining = True
+        if self._auto_merge is not None:
+            await self._auto_merge.close()
         await self._manager.close()
         await self._engine.close()
         self._encoding.shutdown(wait=False)
@@ -252,8 +260,9 @@ class Runtime:
         return self._manager.upload(manifest)
 
     async def delete_adapter(self, name: str) -> None:
-        """Remove a name with all its versions. Raises AdapterNotFound, AdapterInUse,
-        StoreReadOnly."""
+        """Remove a name with all its versions. Raises AdapterNotFound, AdapterInUse (one is merged;
+        in auto mode it is unmerged instead), StoreReadOnly."""
+        await self._unmerge_in_auto_mode(name)
         await self._manager.delete(name)
 
     async def rollback_adapter(self, name: str, version: str) -> AdapterInfo:
@@ -265,16 +274,23 @@ class Runtime:
         return await self._manager.load(name)
 
     async def unload_adapter(self, name: str) -> AdapterInfo:
-        """Free its slot once no request holds it. Raises AdapterInUse when merged."""
+        """Free its slot once no request holds it. Raises AdapterInUse when merged; in auto mode it
+        is unmerged instead."""
+        await self._unmerge_in_auto_mode(name)
         return await self._manager.unload(name)
 
     async def merge_adapter(self, name: str) -> AdapterInfo:
-        """Write it into the weights: its requests cost nothing extra, all others go on exactly."""
-        return await self._manager.merge(name)
+        """Write it into the weights: its requests cost nothing extra, all others go on exactly. In
+        auto mode it stays for the dwell time, after which traffic decides again."""
+        info = await self._manager.merge(name)
+        self._merge_policy.switched()
+        return info
 
     async def unmerge_adapter(self) -> None:
-        """Put the pristine weights back; no-op when nothing is merged."""
+        """Put the pristine weights back; no-op when nothing is merged. In auto mode nothing is
+        merged for the dwell time, after which traffic decides again."""
         await self._manager.unmerge()
+        self._merge_policy.switched()
 
     def stats(self) -> RuntimeStats:
         engine = self._engine.stats()
@@ -286,9 +302,19 @@ class Runtime:
             prefix_cache_hits=engine.prefix_cache_hits,
             merged_adapter=self._manager.merged or BASE,
             resident_adapters=self._manager.resident_names(),
+            token_shares=self._merge_policy.shares() if self._auto_merge is not None else {},
         )
 
     # --- inside -----------------------------------------------------------------------------------
+
+    async def _unmerge_in_auto_mode(self, spec: str) -> None:
+        """What nobody asked to merge, nobody has to unmerge."""
+        if self._auto_merge is None or self._manager.merged is None:
+            return
+        name, _, version = spec.partition("@")
+        merged_name, _, merged_version = self._manager.merged.partition("@")
+        if name == merged_name and merged_version.startswith(version):
+            await self.unmerge_adapter()
 
     def _make_admission(self) -> Admission:
         native = self.config.native
@@ -370,13 +396,17 @@ class Runtime:
                 lease.key if lease else None,
                 request.deadline_s,
                 generation.name,
+                request.cache_salt,
             )
+            key = lease.key if lease else BASE
+            self._merge_policy.count(key, len(generation.prompt_ids))
             outputs = await stack.enter_async_context(
                 aclosing(self._engine.generate(engine_request))
             )
             async for output in outputs:
                 visit.charge(len(output.token_ids))
                 chunk = generation.advance(output)
+                self._merge_policy.count(key, len(output.token_ids))
                 if chunk.finish_reason is None and self._cut_off.is_set():
                     chunk = generation.end(FinishReason.CANCELLED, chunk)
                 yield chunk

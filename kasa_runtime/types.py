@@ -141,7 +141,8 @@ class GenerationRequest:
     """One generation. Exactly one of `prompt`, `messages` and `token_ids` is given.
 
     `adapter` is "" (base model), "name" (its current version) or "name@version". `deadline_s` is on
-    the clock of `time.monotonic`. `request_id` must be unique among the requests in flight.
+    the clock of `time.monotonic`. `request_id` must be unique among the requests in flight. Only
+    requests with one `cache_salt` share what is in the prefix cache.
     """
 
     request_id: str
@@ -151,6 +152,7 @@ class GenerationRequest:
     token_ids: tuple[int, ...] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     deadline_s: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +265,9 @@ class RuntimeStats:
     resident_adapters: Mapping[str, str] = field(
         default_factory=dict
     )  # name -> tier ("slot", "host")
+    token_shares: Mapping[str, float] = field(
+        default_factory=dict
+    )  # "name@version" -> share that auto mode decides by, 0 to 1; empty in manual mode
 
 
 class Observer:
@@ -293,6 +298,9 @@ class Observer:
 
     def merged(self, adapter: str, *, seconds: float) -> None:
         """An adapter was merged, or with "" the pristine weights were put back."""
+
+    def merge_decided(self, adapter: str) -> None:
+        """Auto mode is about to merge an adapter, or with "" to put the pristine weights back."""
 
     def upload_rejected(self, reason: str) -> None: ...
 

@@ -35,6 +35,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 ROLES = ("system", "user", "assistant", "tool")
 DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
 MAX_FILES = 16
+MAX_SALT = 256  # characters
 MAX_CHUNK_BYTES = 4 * 2**20
 
 
@@ -49,6 +50,7 @@ def generation_request(
         adapter=adapter_ref("adapter", message.adapter) if message.adapter else "",
         sampling=_sampling(message.sampling),
         deadline_s=deadline_s,
+        cache_salt=_cache_salt(message.cache_salt),
         **_input(message),
     )
 
@@ -132,6 +134,12 @@ def _input(message: Any) -> dict[str, Any]:
             return {"token_ids": tuple(_not_empty("tokens.ids", message.tokens.ids))}
     choices = [field.name for field in message.DESCRIPTOR.oneofs_by_name["input"].fields]
     raise InvalidRequest("input", f"must be one of {', '.join(choices)}, got none")
+
+
+def _cache_salt(value: str) -> str:
+    if len(value) > MAX_SALT:
+        raise InvalidRequest("cache_salt", f"must be at most {MAX_SALT} characters")
+    return value
 
 
 def _not_empty(field: str, value: Any) -> Any:

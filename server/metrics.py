@@ -106,6 +106,9 @@ class Metrics(Observer):
         self._merge = self._histogram(
             "kasa_merge_seconds", "Merging an adapter, or putting the base back", LOAD_BUCKETS, None
         )
+        self._decisions = self._counter(
+            "kasa_merge_decisions", "Switches that auto mode decided on", "action"
+        )
         self._rejected = self._counter("kasa_upload_rejected", "Uploads rejected", "reason")
 
     def _histogram(
@@ -150,6 +153,9 @@ class Metrics(Observer):
 
     def merged(self, adapter: str, *, seconds: float) -> None:
         self._merge.observe(seconds)
+
+    def merge_decided(self, adapter: str) -> None:
+        self._decisions.labels("merge" if adapter else "unmerge").inc()
 
     def upload_rejected(self, reason: str) -> None:
         if len(self._reasons) < MAX_REASONS:
@@ -202,6 +208,8 @@ class Gauges(Collector):
             stats.prefix_cache_hits,
         )
         yield self._resident(stats)
+        yield self._merged(stats)
+        yield self._shares(stats)
         yield self._info(self._source.list_adapters())
 
     def _resident(self, stats: RuntimeStats) -> Metric:
@@ -216,6 +224,28 @@ class Gauges(Collector):
             counts[key] = counts.get(key, 0) + 1
         for labels, count in counts.items():
             metric.add_metric(labels, count)
+        return metric
+
+    def _merged(self, stats: RuntimeStats) -> Metric:
+        metric = GaugeMetricFamily(
+            "kasa_adapter_merged", "The adapter that is inside the weights, 1", labels=["adapter"]
+        )
+        if stats.merged_adapter:
+            metric.add_metric([self._label(stats.merged_adapter.partition("@")[0])], 1)
+        return metric
+
+    def _shares(self, stats: RuntimeStats) -> Metric:
+        metric = GaugeMetricFamily(
+            "kasa_adapter_token_share_ratio",
+            "Share of the latest tokens, by which auto mode decides, 0 to 1",
+            labels=["adapter"],
+        )
+        shares: dict[str, float] = {}
+        for key, share in stats.token_shares.items():
+            label = self._label(key.partition("@")[0])
+            shares[label] = shares.get(label, 0.0) + share
+        for label, share in shares.items():
+            metric.add_metric([label], share)
         return metric
 
     def _info(self, adapters: list[AdapterInfo]) -> Metric:

@@ -223,6 +223,19 @@ async def test_usage_says_how_much_of_the_prompt_was_cached(
     assert stats.prefix_cache_hits == 2 * num_found
 
 
+async def test_only_requests_with_one_salt_share_the_cache(
+    tiny_chat_model: Path, adapters_dir: Path
+) -> None:
+    found = []
+    async with serving(tiny_chat_model, adapters_dir) as runtime:
+        for salt in ("", "mine", "yours", "mine"):
+            request = ask(adapter="alpha", prompt=4 * PROMPT, cache_salt=salt)
+            last = (await read(runtime, request))[-1]
+            assert last.usage is not None
+            found.append(last.usage.cached_prompt_tokens > 0)
+    assert found == [False, False, False, True]
+
+
 async def test_the_last_chunk_has_the_end_and_only_it(
     tiny_chat_model: Path, adapters_dir: Path
 ) -> None:

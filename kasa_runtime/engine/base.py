@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """`adapter` is the key of a loaded adapter, None for the base. `deadline_s` is on
-    time.monotonic's clock. The engine is shared fairly between clients."""
+    time.monotonic's clock. The engine is shared fairly between clients. Only requests with the
+    same `cache_salt` share keys and values."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -28,6 +29,7 @@ class EngineRequest:
     adapter: str | None = None
     deadline_s: float | None = None
     client: str = ""
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,8 +181,9 @@ def request(
     **sampling: Any,
 ) -> EngineRequest:
     deadline_s, client = sampling.pop("deadline_s", None), sampling.pop("client", "")
+    salt = sampling.pop("cache_salt", "")
     params = SamplingParams(max_tokens=count, **sampling)
-    return EngineRequest(name, tuple(token_ids), params, adapter, deadline_s, client)
+    return EngineRequest(name, tuple(token_ids), params, adapter, deadline_s, client, salt)
 
 
 @dataclass

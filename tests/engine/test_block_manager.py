@@ -9,18 +9,19 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kasa_runtime.engine.native.block_manager import BlockManager, block_hash, root_hash
 
 SIZE = 2
-Content = tuple[str | None, int, tuple[int, ...]]
+Content = tuple[str | None, int, tuple[int, ...], str]
 CONTENTS = st.tuples(
     st.sampled_from([None, "", "None", "a@1", "a@2"]),
     st.integers(0, 1),
     st.lists(st.integers(0, 1), min_size=1, max_size=10).map(tuple),
+    st.sampled_from(["", "None", "a@1"]),
 )
 
 
 def hashes(content: Content) -> list[bytes]:
     """Of all full blocks."""
-    adapter, num_merges, token_ids = content
-    found = [root_hash(adapter, num_merges)]
+    adapter, num_merges, token_ids, salt = content
+    found = [root_hash(adapter, num_merges, salt)]
     for i in range(0, len(token_ids) - SIZE + 1, SIZE):
         found.append(block_hash(found[-1], token_ids[i : i + SIZE]))
     return found[1:]
@@ -91,8 +92,8 @@ class Users(RuleBasedStateMachine):
 
     @staticmethod
     def prefix(content: Content, block: int) -> Content:
-        adapter, num_merges, token_ids = content
-        return adapter, num_merges, token_ids[: (block + 1) * SIZE]
+        adapter, num_merges, token_ids, salt = content
+        return adapter, num_merges, token_ids[: (block + 1) * SIZE], salt
 
 
 TestUsers = Users.TestCase
@@ -120,7 +121,7 @@ def num_found(blocks: BlockManager, content: Content) -> int:
 
 def test_the_least_recently_used_is_evicted_first_and_its_end_before_its_beginning() -> None:
     blocks = BlockManager(6, SIZE)
-    first, second = (None, 0, (1,) * 4), (None, 0, (2,) * 4)
+    first, second = (None, 0, (1,) * 4, ""), (None, 0, (2,) * 4, "")
     tables = [filled(blocks, first), filled(blocks, second)]
     for table in tables:
         blocks.free(table)
@@ -137,7 +138,7 @@ def test_the_least_recently_used_is_evicted_first_and_its_end_before_its_beginni
 
 def test_a_block_in_use_is_not_evicted() -> None:
     blocks = BlockManager(3, SIZE)
-    content: Content = ("a@1", 0, (5, 6))
+    content: Content = ("a@1", 0, (5, 6), "")
     table = filled(blocks, content)
     assert not blocks.can_grow([], 6)
     other: list[int] = []
@@ -149,7 +150,7 @@ def test_a_block_in_use_is_not_evicted() -> None:
 
 def test_a_shared_block_is_free_after_its_last_user() -> None:
     blocks = BlockManager(3, SIZE)
-    content: Content = (None, 0, (5, 6))
+    content: Content = (None, 0, (5, 6), "")
     first = filled(blocks, content)
     second: list[int] = []
     blocks.share(second, hashes(content))
@@ -162,7 +163,7 @@ def test_a_shared_block_is_free_after_its_last_user() -> None:
 
 def test_of_two_blocks_with_one_content_the_first_is_found() -> None:
     blocks = BlockManager(3, SIZE)
-    content: Content = (None, 0, (5, 6))
+    content: Content = (None, 0, (5, 6), "")
     first, second = filled(blocks, content), filled(blocks, content)
     found: list[int] = []
     blocks.share(found, hashes(content))
@@ -174,14 +175,16 @@ def test_of_two_blocks_with_one_content_the_first_is_found() -> None:
 
 def test_different_contents_have_different_hashes() -> None:
     contents: list[Content] = [
-        (None, 0, (1, 2)),
-        ("None", 0, (1, 2)),
-        ("", 0, (1, 2)),
-        ("a@1", 0, (1, 2)),
-        ("a@2", 0, (1, 2)),
-        ("a@2", 1, (1, 2)),
-        ("a@2", 1, (2, 1)),
-        ("a@2", 1, (1, 2, 1, 2)),
+        (None, 0, (1, 2), ""),
+        ("None", 0, (1, 2), ""),
+        ("", 0, (1, 2), ""),
+        ("a@1", 0, (1, 2), ""),
+        ("a@2", 0, (1, 2), ""),
+        (None, 0, (1, 2), "a@1"),
+        ("a@1", 0, (1, 2), "a@1"),
+        ("a@2", 1, (1, 2), ""),
+        ("a@2", 1, (2, 1), ""),
+        ("a@2", 1, (1, 2, 1, 2), ""),
     ]
     assert len({hashes(content)[-1] for content in contents}) == len(contents)
 

@@ -43,9 +43,9 @@ def want(
     }
 
 
-async def ask(engine: Any, i: int, key: Key = None) -> tuple[list[int], int]:
+async def ask(engine: Any, i: int, key: Key = None, salt: str = "") -> tuple[list[int], int]:
     """The tokens, and how many of the prompt's were found."""
-    result = await collect(engine, request("a", PROMPTS[i], COUNT, key))
+    result = await collect(engine, request("a", PROMPTS[i], COUNT, key, cache_salt=salt))
     [num_cached] = {output.num_cached_tokens for output in result.outputs}
     return result.token_ids, num_cached
 
@@ -102,6 +102,24 @@ async def test_a_merge_or_an_unmerge_begins_anew(
                 assert await ask(engine, 1, key) == (want[key, 1], 64)
             await change()
         assert await ask(engine, 0) == (want[None, 0], 0)
+
+
+async def test_salts_never_get_each_others(
+    tiny_llama: Path,
+    adapters: list[AdapterWeights],
+    tails: MemoryTails,
+    executor_class: type[Executor],
+    want: Mapping[tuple[Key, int], list[int]],
+) -> None:
+    keys: list[Key] = [None, adapters[0].key, adapters[1].key]
+    salts = ["", "tenant a", "tenant b"]
+    async with running(tiny_llama, tails, adapters, executor_class) as engine:
+        for key in keys:
+            for salt in salts:
+                assert await ask(engine, 0, key, salt) == (want[key, 0], 0)
+        for key in keys:
+            for salt in salts:
+                assert await ask(engine, 1, key, salt) == (want[key, 1], 64)
 
 
 async def test_an_adapter_that_comes_back_finds_its_own_and_its_slots_next_user_does_not(

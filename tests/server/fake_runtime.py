@@ -221,4 +221,5 @@ class FakeRuntime:
             for info in self.list_adapters()
             if info.state is AdapterState.RESIDENT
         }
-        return RuntimeStats(len(self.running), 0, 0.25, 30, 20, self.merged, resident)
+        shares = {"": 0.25, "style@abc123": 0.5, "style@def456": 0.25}
+        return RuntimeStats(len(self.running), 0, 0.25, 30, 20, self.merged, resident, shares)

@@ -68,13 +68,14 @@ async def test_request_arrives_as_it_was_given(served, client):
     sampling = SamplingParams(max_tokens=3, temperature=0.7, top_p=0.9, seed=0, stop=("a",))
     messages = [ChatMessage("user", "hi")]
     await client.generate(messages=messages, sampling=sampling, timeout_s=30, request_id="mine")
-    await client.generate(token_ids=[1, 2])
+    await client.generate(token_ids=[1, 2], cache_salt="tenant")
     first, second = served.runtime.requests
     assert first.sampling == sampling
     assert first.messages == tuple(messages)
     assert first.deadline_s is not None
     assert first.request_id.startswith("mine/")
     assert second.token_ids == (1, 2)
+    assert (first.cache_salt, second.cache_salt) == ("", "tenant")
     assert second.sampling == SamplingParams()
 
 

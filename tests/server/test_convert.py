@@ -16,6 +16,11 @@ def converted(**fields):
     return convert.generation_request(pb.GenerateRequest(**fields), "id", None)
 
 
+def test_the_cache_salt_arrives():
+    assert converted(prompt="a").cache_salt == ""
+    assert converted(prompt="a", cache_salt="ä" * 256).cache_salt == "ä" * 256
+
+
 def chat(*messages):
     return pb.Chat(messages=[pb.ChatMessage(role=role, content=text) for role, text in messages])
 
@@ -67,6 +72,7 @@ def test_every_sampling_field_arrives():
         ({"prompt": "a", "adapter": "name@"}, "adapter"),
         ({"prompt": "a", "adapter": "name@xyz"}, "adapter"),
         ({"prompt": "a", "adapter": "name\n"}, "adapter"),
+        ({"prompt": "a", "cache_salt": "x" * 257}, "cache_salt"),
     ],
 )
 def test_bad_request_names_the_field(fields, field):

@@ -30,6 +30,9 @@ NAMES = {
     "kasa_adapter_resident",
     "kasa_adapter_load_seconds",
     "kasa_merge_seconds",
+    "kasa_merge_decisions",
+    "kasa_adapter_merged",
+    "kasa_adapter_token_share_ratio",
     "kasa_upload_rejected",
 }
 
@@ -143,7 +146,11 @@ def test_reasons_of_rejected_uploads_are_bounded(metrics):
 def test_load_and_merge(metrics):
     metrics.adapter_loaded("one", stage="read", seconds=0.5)
     metrics.merged("one", seconds=0.25)
+    for adapter in ("one", "two", ""):
+        metrics.merge_decided(adapter)
     found = samples(metrics)
+    assert found["kasa_merge_decisions_total", ("action", "merge")] == 2
+    assert found["kasa_merge_decisions_total", ("action", "unmerge")] == 1
     assert found["kasa_adapter_load_seconds_sum", ("stage", "read")] == 0.5
     assert found["kasa_merge_seconds_sum",] == 0.25
 
@@ -153,6 +160,7 @@ async def test_gauges_are_read_from_the_runtime(metrics):
     metrics.registry.register(Gauges(runtime, metrics.label))
     runtime.put(replace(STYLE, state=AdapterState.RESIDENT))
     runtime.running.add("id")
+    runtime.merged = "style@abc123"
     found = samples(metrics)
     assert found["kasa_num_requests_running",] == 1
     assert found["kasa_num_requests_waiting",] == 0
@@ -160,6 +168,9 @@ async def test_gauges_are_read_from_the_runtime(metrics):
     assert found["kasa_prefix_cache_queries_total",] == 30
     assert found["kasa_prefix_cache_hits_total",] == 20
     assert found["kasa_adapter_resident", ("adapter", "style"), ("tier", "slot")] == 1
+    assert found["kasa_adapter_merged", ("adapter", "style")] == 1
+    assert found["kasa_adapter_token_share_ratio", ("adapter", "style")] == 0.75
+    assert found["kasa_adapter_token_share_ratio", ("adapter", "_base")] == 0.25
     (info,) = (dict(labels) for name, *labels in found if dict(labels).get("version") == "abc123")
     assert info["adapter"] == "style"
     assert (info["rank"], info["rule"], info["state"]) == ("8", "min_dim", "resident")

@@ -16,14 +16,15 @@ from hashlib import blake2b
 HASH_BYTES = 16  # of a cryptographic hash: nobody finds two contents with one hash
 
 
-def root_hash(adapter: str | None, num_merges: int) -> bytes:
-    """Where the hashes of a sequence's blocks begin: what keys and values depend on besides tokens.
+def root_hash(adapter: str | None, num_merges: int, salt: str = "") -> bytes:
+    """Where the hashes of a sequence's blocks begin: what keys and values depend on besides tokens,
+    and `salt`, which tells apart who may share them.
 
     `adapter` is the key of an adapter's version, never its slot, which others get later; None is
     the base. `num_merges` counts how often the weights have changed. Merged ones give the same keys
     and values but for rounding; even that ends with the merge, as later requests find nothing from
     before it."""
-    return blake2b(repr((adapter, num_merges)).encode(), digest_size=HASH_BYTES).digest()
+    return blake2b(repr((adapter, num_merges, salt)).encode(), digest_size=HASH_BYTES).digest()
 
 
 def block_hash(before: bytes, token_ids: Sequence[int]) -> bytes:

@@ -61,7 +61,10 @@ class Sequence:
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         """The hashes of its first `num_blocks` blocks, which its tokens fill."""
         for i in range(len(self._hashes), num_blocks):
-            before = self._hashes[-1] if i else root_hash(self.request.adapter, self.num_merges)
+            before = self._hashes[-1] if i else self._root_hash()
             block = self.token_ids[i * block_size : (i + 1) * block_size]
             self._hashes.append(block_hash(before, block))
         return self._hashes[:num_blocks]
+
+    def _root_hash(self) -> bytes:
+        return root_hash(self.request.adapter, self.num_merges, self.request.cache_salt)
