@@ -148,3 +148,13 @@ def merged_weight(weight: Tensor, a: Tensor, b: Tensor, tail: Tail) -> Tensor:
         total = torch.addmm(total, p, q, alpha=-1.0)  # (out, t) @ (t, in)
     total = torch.addmm(total, b.to(total), a.to(total))  # (out, r) @ (r, in)
     return total.to(weight.dtype)
+
+
+def merge_into(weight: Tensor, a: Tensor, b: Tensor, tail: Tail) -> None:
+    """`merged_weight`, written over `weight`; in float32 by one product, without another copy."""
+    if weight.dtype != torch.float32:
+        weight.copy_(merged_weight(weight, a, b, tail))
+        return
+    left = torch.cat([b.to(weight), -tail.p.to(weight)], dim=1)
+    right = torch.cat([a.to(weight), tail.q.to(weight)])
+    weight.addmm_(left, right)  # (out, r + t) @ (r + t, in)

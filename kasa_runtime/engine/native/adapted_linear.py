@@ -231,10 +231,10 @@ class LinearGroup:
             self._input = None
         return y
 
-    def dense(self, *, pristine: bool) -> list[Tensor]:
-        """Dense copies of the layers' weights (out, in): the base's own, or those served now."""
+    def dense(self, *, pristine: bool) -> Tensor:
+        """A dense copy of the weight (sum of out, in): the base's own, or the one served now."""
         held = self._pristine if pristine and self._pristine is not None else self.weight
-        return list(unpack_weight(held).split(self.sizes))
+        return unpack_weight(held)
 
     def set_merged(self, packed: Tensor) -> None:
         """Serve `packed` from now on. Step thread, between steps."""

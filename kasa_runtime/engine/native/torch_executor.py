@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
-from kasa_runtime.adapter.kasa import Tail, merged_weight
+from kasa_runtime.adapter.kasa import Tail, merge_into
 from kasa_runtime.adapter.lora import AdapterWeights
 from kasa_runtime.background import set_torch_threads
 from kasa_runtime.engine.config import EngineConfig
@@ -146,12 +146,12 @@ class TorchExecutor(Executor):
         for i, names in enumerate(self._groups):
             if modules.keys().isdisjoint(names):
                 continue
-            weights = self._layers[names[0]].group.dense(pristine=True)
-            for row, name in enumerate(names):
+            group = self._layers[names[0]].group
+            whole = group.dense(pristine=True)
+            for name, weight in zip(names, whole.split(group.sizes), strict=True):
                 if (delta := modules.get(name)) is not None:
-                    tail = tails.get(name, delta.t)
-                    weights[row] = merged_weight(weights[row], delta.a, delta.b, tail)
-            merged[i] = pack_weight(torch.cat(weights))
+                    merge_into(weight, delta.a, delta.b, tails.get(name, delta.t))
+            merged[i] = pack_weight(whole)
 
         def commit() -> None:
             for i, names in enumerate(self._groups):
@@ -179,13 +179,11 @@ class TorchExecutor(Executor):
 
     def weights(self) -> dict[str, Tensor]:
         """Dense copies of the weights that are served now, by layer. For tests and checks."""
-        return {
-            name: weight
-            for names in self._groups
-            for name, weight in zip(
-                names, self._layers[names[0]].group.dense(pristine=False), strict=True
-            )
-        }
+        found: dict[str, Tensor] = {}
+        for names in self._groups:
+            group = self._layers[names[0]].group
+            found |= zip(names, group.dense(pristine=False).split(group.sizes), strict=True)
+        return found
 
     def _prepare_residents(
         self, adapters: dict[int, AdapterWeights], changed: set[str], tails: TailSource | None
