@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kasa_runtime.background import in_background
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.errors import InvalidRequest, Overloaded, ShuttingDown
+from kasa_runtime.errors import ConfigError, InvalidRequest, Overloaded, ShuttingDown
 from kasa_runtime.types import (
     BASE,
     AdapterInfo,
@@ -81,6 +81,12 @@ class RuntimeConfig:
         default=5, metadata={"help": "versions of an adapter that are kept for rollback"}
     )
     native: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.keep_versions < 1:
+            raise ConfigError(f"keep_versions must be at least 1, got {self.keep_versions}")
+        if not self.poll_interval_s > 0:
+            raise ConfigError(f"poll_interval_s must be above 0, got {self.poll_interval_s}")
 
 
 def begin(config: RuntimeConfig) -> Future[Beginning]:
