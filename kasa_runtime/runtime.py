@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from kasa_runtime.admission import Admission, Visit
 from kasa_runtime.background import in_background
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.errors import AdapterNotFound, InvalidRequest, ShuttingDown
+from kasa_runtime.errors import AdapterNotFound, ConfigError, InvalidRequest, ShuttingDown
 from kasa_runtime.limits import Limits, LimitsConfig
 from kasa_runtime.merging import AutoMerge, MergeConfig, MergePolicy
 from kasa_runtime.types import (
@@ -86,6 +86,12 @@ class RuntimeConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     merging: MergeConfig = field(default_factory=MergeConfig)
     native: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.keep_versions < 1:
+            raise ConfigError(f"keep_versions must be at least 1, got {self.keep_versions}")
+        if not self.poll_interval_s > 0:
+            raise ConfigError(f"poll_interval_s must be above 0, got {self.poll_interval_s}")
 
 
 def begin(config: RuntimeConfig) -> Future[Beginning]:

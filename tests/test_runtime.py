@@ -25,6 +25,7 @@ from kasa_runtime.errors import (
     AdapterNotFound,
     AdapterQuarantined,
     CapacityExceeded,
+    ConfigError,
     EngineDead,
     InvalidRequest,
     LimitExceeded,
@@ -816,3 +817,10 @@ async def test_the_model_describes_itself(tiny_chat_model: Path, adapters_dir: P
     assert (model.context_length, model.vocab_size, model.num_layers) == (128, 320, 3)
     assert model.has_chat_template
     assert len(model.fingerprint) == 64
+
+
+@pytest.mark.parametrize("setting", [{"keep_versions": 0}, {"poll_interval_s": 0.0}])
+def test_settings_of_the_store_are_checked(setting):
+    (name,) = setting
+    with pytest.raises(ConfigError, match=f"{name} must be"):
+        RuntimeConfig(**setting)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,13 +71,13 @@ def product(tail: Tail) -> Tensor:
 def count_svds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gets an entry for every full SVD that compute_tail falls back to."""
     calls: list[int] = []
-    svd = kasa.scipy.linalg.svd
+    svd = scipy.linalg.svd
 
     def counted(*args: object, **kwargs: object) -> object:
         calls.append(1)
         return svd(*args, **kwargs)
 
-    monkeypatch.setattr(kasa.scipy.linalg, "svd", counted)
+    monkeypatch.setattr(scipy.linalg, "svd", counted)
     return calls
 
 
