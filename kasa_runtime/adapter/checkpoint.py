@@ -215,7 +215,7 @@ def _read_meta(directory: Path, config: Mapping[str, Any], *, has_diagonal: bool
 
 def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # the first error is the same every time
         match = _TENSOR.fullmatch(key)
         if match is None:
             raise AdapterInvalid(

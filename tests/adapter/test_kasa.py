@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from kasa_runtime.adapter.kasa import (
     Tail,
     TruncationRule,
     compute_tail,
+    merge_into,
     merged_weight,
     scaling,
     truncation_count,
@@ -69,13 +71,13 @@ def product(tail: Tail) -> Tensor:
 def count_svds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gets an entry for every full SVD that compute_tail falls back to."""
     calls: list[int] = []
-    svd = kasa.scipy.linalg.svd
+    svd = scipy.linalg.svd
 
     def counted(*args: object, **kwargs: object) -> object:
         calls.append(1)
         return svd(*args, **kwargs)
 
-    monkeypatch.setattr(kasa.scipy.linalg, "svd", counted)
+    monkeypatch.setattr(scipy.linalg, "svd", counted)
     return calls
 
 
@@ -355,3 +357,16 @@ class TestMergedWeight:
         torch.testing.assert_close(
             merged_weight(weight, a, b, tail.last(0)), weight + b.float() @ a.float()
         )
+
+
+@pytest.mark.parametrize("t", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_in_place_is_merging(t: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(shape, generator=draw) for shape in ((9, 7), (2, 7), (9, 2)))
+    tail = compute_tail(weight, 4).last(t)
+    weight = weight.to(dtype)
+    want = merged_weight(weight, a, b, tail)
+    merge_into(weight, a, b, tail)
+    assert weight.dtype == dtype
+    torch.testing.assert_close(weight, want)

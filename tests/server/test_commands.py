@@ -141,7 +141,7 @@ def test_serve_passes_its_flags_on(monkeypatch):
     arguments = ["--model", "m", "--grpc-port", "0", "--adapters-dir", "a"]
     result = CliRunner().invoke(serve.command, arguments, env={"KASA_HTTP_PORT": "9"})
     assert result.exit_code == 3
-    runtime_config, server_config = seen
+    runtime_config, server_config, _ = seen
     assert isinstance(runtime_config, RuntimeConfig)
     assert (runtime_config.model, runtime_config.adapters_dir) == ("m", Path("a"))
     assert server_config == ServerConfig(grpc_port=0, http_port=9)
