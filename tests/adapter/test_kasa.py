@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kasa_runtime.adapter import kasa
 from kasa_runtime.adapter.kasa import (
     Tail,
     TruncationRule,
