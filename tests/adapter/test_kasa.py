@@ -16,6 +16,7 @@ from kasa_runtime.adapter.kasa import (
     Tail,
     TruncationRule,
     compute_tail,
+    merge_into,
     merged_weight,
     scaling,
     truncation_count,
@@ -355,3 +356,16 @@ class TestMergedWeight:
         torch.testing.assert_close(
             merged_weight(weight, a, b, tail.last(0)), weight + b.float() @ a.float()
         )
+
+
+@pytest.mark.parametrize("t", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_in_place_is_merging(t: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(shape, generator=draw) for shape in ((9, 7), (2, 7), (9, 2)))
+    tail = compute_tail(weight, 4).last(t)
+    weight = weight.to(dtype)
+    want = merged_weight(weight, a, b, tail)
+    merge_into(weight, a, b, tail)
+    assert weight.dtype == dtype
+    torch.testing.assert_close(weight, want)
