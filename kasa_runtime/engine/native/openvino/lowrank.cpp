@@ -207,6 +207,20 @@ void shrink_all(Table& table, const Step& step, const std::vector<int64_t>& laye
     });
 }
 
+// y = y0 + z + sum_j h_j b_j of one layer, all (num_rows, out); z may be null.
+void expand_all(Table& table, const Step& step, int64_t layer, const float* y0, const float* z, float* y,
+                int64_t num_rows, int64_t out) {
+    const int64_t stride = table.stride(layer, step);
+    const float* h = table.hidden[layer].data();
+    run_strips(step, out, num_rows * out * (1 + stride), [&](const Unit& block, int64_t first, int64_t last) {
+        for (int32_t i = block.first; i < block.first + block.count; ++i) {
+            const int64_t row = step.rows[i] * out;
+            expand(y0 + row, y + row + first, first, last, table.of(layer, block), h + i * stride);
+            for (int64_t k = first; z && k < last; ++k) y[row + k] += z[row + k];
+        }
+    });
+}
+
 struct One : ov::op::util::UnaryElementwiseArithmetic {
     OPENVINO_OP("One", "kasa", ov::op::util::UnaryElementwiseArithmetic);
 };
@@ -318,13 +332,7 @@ public:
 
     void run(Table& table, const Step& step, const std::vector<const float*>& inputs, float* y,
              int64_t num_rows, int64_t out) const {
-        const int64_t layer = layers_[0], stride = table.stride(layer, step);
-        const float *y0 = inputs[0], *h = table.hidden[layer].data();
-        run_strips(step, out, num_rows * out * (1 + stride), [&](const Unit& block, int64_t first, int64_t last) {
-            for (int32_t i = block.first; i < block.first + block.count; ++i)
-                expand(y0 + step.rows[i] * out, y + step.rows[i] * out + first, first, last,
-                       table.of(layer, block), h + i * stride);
-        });
+        expand_all(table, step, layers_[0], inputs[0], nullptr, y, num_rows, out);
     }
 };
 
@@ -335,15 +343,7 @@ public:
 
     void run(Table& table, const Step& step, const std::vector<const float*>& inputs, float* y,
              int64_t num_rows, int64_t out) const {
-        const int64_t layer = layers_[0], stride = table.stride(layer, step);
-        const float *y0 = inputs[0], *z = inputs[1], *h = table.hidden[layer].data();
-        run_strips(step, out, num_rows * out * (1 + stride), [&](const Unit& block, int64_t first, int64_t last) {
-            for (int32_t i = block.first; i < block.first + block.count; ++i) {
-                const int64_t row = step.rows[i] * out;
-                expand(y0 + row, y + row + first, first, last, table.of(layer, block), h + i * stride);
-                for (int64_t k = first; k < last; ++k) y[row + k] += z[row + k];
-            }
-        });
+        expand_all(table, step, layers_[0], inputs[0], inputs[1], y, num_rows, out);
     }
 };
 

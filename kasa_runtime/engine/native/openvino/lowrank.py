@@ -88,7 +88,7 @@ class LowRank:
                 shrunk.update(reading)
                 inputs = [_biased(linears[name]) for name in (gate, up)]
                 new = self._operation("ExpandGated", inputs, [gate, up], step, reading)
-                _replace(activated, new)
+                _redirect(activated.get_target_inputs(), new)
                 rest = [name for name in names if name not in (gate, up)]
             for name in rest:
                 self._add_expand(_biased(linears[name]), name, step)
@@ -99,18 +99,16 @@ class LowRank:
         if _moves_data(x.get_node()):
             x = self._factory.create("Barrier", [x]).output(0)
         shrunk = self._operation("Shrink", [x], names, step)
-        for reader in readers:
-            reader.input(0).replace_source_output(shrunk)
+        _redirect([reader.input(0) for reader in readers], shrunk)
 
     def _add_expand(self, product: Any, name: str, step: int) -> None:
         if residual := _residual_sum(product):
             total, other = residual
-            _replace(total, self._operation("ExpandAdd", [product, other], [name], step))
+            new = self._operation("ExpandAdd", [product, other], [name], step)
+            _redirect(total.get_target_inputs(), new)
             return
-        users = product.get_target_inputs()
-        new = self._operation("Expand", [product], [name], step)
-        for user in users:
-            user.replace_source_output(new)
+        users = product.get_target_inputs()  # before the operation is one of them
+        _redirect(users, self._operation("Expand", [product], [name], step))
 
     def _operation(
         self, kind: str, inputs: list[Any], names: list[str], step: int, reading: Iterable[str] = ()
@@ -279,9 +277,10 @@ def _is_silu(node: Any) -> bool:
     return all(b.get_type_name() == "Constant" and b.get_data() == 1 for b in betas)
 
 
-def _replace(old: Any, new: Any) -> None:
-    for user in list(old.get_target_inputs()):
-        user.replace_source_output(new)
+def _redirect(inputs: Iterable[Any], source: Any) -> None:
+    """Let inputs read another output."""
+    for reading in inputs:
+        reading.replace_source_output(source)
 
 
 def _load(library: Path) -> Any:
