@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kasa_runtime.admission import Admission, Visit
-from kasa_runtime.background import in_background
+from kasa_runtime.background import in_background, on_loop_clock
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import AdapterNotFound, ConfigError, InvalidRequest, ShuttingDown
 from kasa_runtime.limits import Limits, LimitsConfig
@@ -65,7 +65,10 @@ class RuntimeConfig:
     adapters_dir: Path = field(
         default=Path("adapters"), metadata={"help": "where adapters are put and uploaded to"}
     )
-    engine: Literal["native"] = field(default="native", metadata={"help": "what generates"})
+    engine: Literal["native", "vllm"] = field(
+        default="native",
+        metadata={"help": "what generates: the embedded engine, or vLLM (a package of its own)"},
+    )
     poll_interval_s: float = field(
         default=1.0,
         metadata={
@@ -108,6 +111,8 @@ def _begin(config: RuntimeConfig) -> Beginning:
     from kasa_runtime.engine.factory import begin as begin_graph
 
     model_dir = resolve(config.model)
+    if config.engine != "native":
+        return model_dir, None
     return model_dir, begin_graph(model_dir, config.native)
 
 
@@ -160,7 +165,7 @@ class Runtime:
         tails = await in_background(TailCache.for_model, model_dir)
         tokenizer = await in_background(Tokenizer, model_dir)
         store = AdapterStore(config.adapters_dir, config.keep_versions)
-        engine = make_engine(model_dir, tails, config.native, graph)
+        engine = make_engine(config.engine, model_dir, tails, config.native, graph)
         await engine.start()
         manager = AdapterManager(
             store,
@@ -387,7 +392,7 @@ class Runtime:
         request = generation.request
         async with AsyncExitStack() as stack:
             try:
-                async with asyncio.timeout_at(_on_loop_clock(request.deadline_s)):
+                async with asyncio.timeout_at(on_loop_clock(request.deadline_s)):
                     if await self._exists(generation.name):
                         await visit.enter(len(generation.prompt_ids))
                     lease = await stack.enter_async_context(self._lease(request.adapter))
@@ -426,13 +431,6 @@ class Runtime:
             return
         async with self._manager.lease(adapter) as lease:
             yield lease
-
-
-def _on_loop_clock(deadline_s: float | None) -> float | None:
-    """A time.monotonic deadline on the running loop's clock."""
-    if deadline_s is None:
-        return None
-    return asyncio.get_running_loop().time() + deadline_s - time.monotonic()
 
 
 def _describe(
