@@ -59,6 +59,7 @@ def prepare(config: EngineConfig) -> None:
     installed."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout says the address
     # Its processes start from nothing: this one has threads that do not survive a fork.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     cores = sorted(os.sched_getaffinity(0))[: config.num_threads]

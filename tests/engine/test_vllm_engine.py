@@ -7,6 +7,7 @@ import asyncio
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -196,13 +197,20 @@ async def test_a_server_over_vllm_serves_stops_at_strings_and_ends_with_its_engi
         await client.merge_adapter("tenant")
         merged = await client.generate("the quick brown", adapter="tenant", sampling=tokens(24))
         assert (merged.text, merged.mode) == (plain.text, Mode.MERGED)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for child in map(int, children):
-            if b"EngineCore" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(child, 9)
+        os.kill(engine_core_of(process.pid), signal.SIGKILL)
     assert await asyncio.to_thread(process.wait, PATIENCE_S) == 1
     log.seek(0)
     assert "the engine has stopped; exiting" in log.read()
+
+
+def engine_core_of(pid: int) -> int:
+    """vLLM's process among the children of all threads."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for file in files for child in file.read_text().split()]
+    [core] = [
+        child for child in children if b"EngineCore" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+    return core
 
 
 def tokens(count: int, **more: Any) -> SamplingParams:
