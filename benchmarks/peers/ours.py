@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.peers.cases import adapter_name
 from benchmarks.peers.child import KV_CACHE_GIB, Arrivals, Peer, serve
@@ -18,7 +18,8 @@ from kasa_runtime.types import GenerationRequest, SamplingParams
 class Ours(Peer):
     """Its own setting is `engine`, fields of EngineConfig."""
 
-    packages = ("kasa-runtime", "openvino", "torch", "transformers")
+    packages: tuple[str, ...] = ("kasa-runtime", "openvino", "torch", "transformers")
+    kind: Literal["native", "vllm"] = "native"
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._loop = asyncio.Runner()
@@ -34,7 +35,7 @@ class Ours(Peer):
                 **settings["engine"],
             }
         )
-        config = RuntimeConfig(settings["model"], adapters_dir, native=native)
+        config = RuntimeConfig(settings["model"], adapters_dir, engine=self.kind, native=native)
         self._runtime = self._loop.run(Runtime.create(config))
         self._held = 0
         self._merged = False
