@@ -11,7 +11,6 @@ Made for vLLM 0.32. A line that is true of some version only says so, and when i
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import logging
 import time
@@ -95,10 +94,6 @@ class VllmEngine(Engine):
         if not llm.errored:
             await llm.abort(list(self._inside))
         await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)
-        # vLLM 0.32: its __del__ fails, in the log, when it first runs at the interpreter's end, and
-        # a cycle keeps it until then. Drop both lines once it goes quietly.
-        del llm
-        gc.collect()
 
     @property
     def alive(self) -> bool:
