@@ -70,6 +70,7 @@ def engine_arguments(
         "max_cpu_loras": num_loras,
         "max_lora_rank": lora_rank(config),
         "max_logprobs": MAX_LOGPROBS,
+        "use_tqdm_on_load": False,  # of every merge too
         "worker_extension_cls": WORKER_EXTENSION,
         "seed": secrets.randbits(31),  # of requests without one of their own
     }
