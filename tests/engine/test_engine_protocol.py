@@ -190,13 +190,19 @@ async def test_a_mixed_batch_gives_everybody_their_own(
     await assert_all_exact(engine, keys_of(loaded), want)
 
 
-async def test_base_requests_are_the_bases_beside_a_full_set_of_adapters(
+async def test_with_every_slot_taken_what_has_no_delta_gets_none(
     engine: Engine, loaded: list[AdapterWeights], newer: AdapterWeights, want: Any
 ) -> None:
-    """In every slot there is an adapter, and the base has none."""
+    """Neither the base nor, in merged weights, the merged adapter."""
     await engine.load_adapter(newer)
+    keys = keys_of([*loaded, newer])
     try:
-        await assert_all_exact(engine, keys_of([*loaded, newer]), want)
+        await assert_all_exact(engine, keys, want)
+        for merged in (loaded[0].key, newer.key):
+            await engine.merge_adapter(merged)
+            await assert_all_exact(engine, keys, want, merged=merged)
+        await engine.unmerge_adapter()
+        await assert_all_exact(engine, keys, want)
     finally:
         await engine.unload_adapter(newer.key)
 
