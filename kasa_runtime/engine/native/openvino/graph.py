@@ -10,15 +10,16 @@ from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import openvino as ov
 
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.engine.native.openvino import attention, linears
+from kasa_runtime.engine.native.openvino import attention, linears, products
 from kasa_runtime.engine.native.openvino.conversion import converted
 from kasa_runtime.engine.native.openvino.lowrank import LowRank
 from kasa_runtime.engine.native.openvino.native import compiled_library
+from kasa_runtime.engine.native.openvino.packed import PackedWeights
 from kasa_runtime.engine.native.openvino.settings import (
     FLOAT_ACTIVATIONS,
     core,
@@ -26,9 +27,6 @@ from kasa_runtime.engine.native.openvino.settings import (
     require_float32_on_cpu,
 )
 from kasa_runtime.errors import KasaError, ModelError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -56,18 +54,24 @@ class AdaptedGraph:
             attention.close(self.model.graph, self.model.layers)
             nodes = linears.linear_nodes(self.model.graph, self.model.modules)
             self.shapes = {name: self.model.modules[name] for name in nodes}
+            self.dense = {name for name, node in nodes.items() if linears.is_dense(node)}
             # Logits are large, and few adapters change the layer that makes them.
             below = linears.below_logit_rows(self.model.graph, nodes)
-            self.adaptable: Set[str] = nodes.keys() - below
-            self.pristine = self.compile({}, self.adaptable)
+            self.adaptable: Set[str] = (nodes.keys() - below) | self.dense
+            self.packed = PackedWeights({name: self.shapes[name] for name in self.dense})
+            for name in self.dense:
+                self.low_rank.pack(linears.array(nodes[name]), self.packed[name])
+            self.low_rank.use(self.packed)
+            self.pristine = self.compile(self.dense, self.adaptable)
 
-    def compile(self, merged: Mapping[str, Tensor], adaptable: Set[str]) -> Weights:
-        """The model with these weights in the place of its own, by layer."""
+    def compile(self, dense: Set[str], adaptable: Set[str]) -> Weights:
+        """The graph with the layers `dense` multiplied by packed weights, the others by the
+        plugin."""
         graph = self.model.graph.clone()
         nodes = linears.linear_nodes(graph, self.shapes)
-        for name, weight in merged.items():
-            linears.set_weight(nodes[name], weight)
-        self.low_rank.add(graph, {n: node for n, node in nodes.items() if n in adaptable})
+        products.replace(graph, {n: node for n, node in nodes.items() if n in dense}, self.low_rank)
+        others = {n: node for n, node in nodes.items() if n in adaptable - dense}
+        self.low_rank.add(graph, others)
         compiled = self._core.compile_model(graph, "CPU", self.options)
         return Weights(graph, compiled, compiled.create_infer_request())
 
