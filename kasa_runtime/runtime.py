@@ -11,12 +11,12 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from kasa_runtime.admission import Admission, Visit
 from kasa_runtime.background import in_background
@@ -94,16 +94,9 @@ class RuntimeConfig:
             raise ConfigError(f"poll_interval_s must be above 0, got {self.poll_interval_s}")
 
 
-def begin(config: RuntimeConfig) -> Future[Beginning]:
-    """Find the model and begin what can be begun without torch, on a thread of its own, so that a
-    program may import what else it needs before it calls `Runtime.create`."""
-    pool = ThreadPoolExecutor(1, "kasa-begin")
-    begun = pool.submit(_begin, config)
-    pool.shutdown(wait=False)
-    return begun
-
-
-def _begin(config: RuntimeConfig) -> Beginning:
+def begin(config: RuntimeConfig) -> Beginning:
+    """Find the model and begin what can be begun without torch, so that a program may import what
+    else it needs before it calls `Runtime.create`. Raises ModelError."""
     from kasa_runtime.base_model.source import resolve
     from kasa_runtime.engine.factory import begin as begin_graph
 
@@ -144,12 +137,14 @@ class Runtime:
         cls,
         config: RuntimeConfig,
         observer: Observer | None = None,
-        begun: Future[Beginning] | None = None,
+        begun: Beginning | None = None,
     ) -> Runtime:
         """Load the base model, start the engine, take in the adapters directory. `begun`: what
         `begin` returned for this configuration. Raises ModelError, ConfigError."""
         observer = observer or Observer()
-        model_dir, graph = await asyncio.wrap_future(begun or begin(config))
+        if begun is None:
+            begun = await in_background(begin, config)
+        model_dir, graph = begun
         # Here and not before: torch is imported while what was begun goes on.
         from kasa_runtime.adapter.manager import AdapterManager
         from kasa_runtime.adapter.store import AdapterStore
@@ -158,10 +153,9 @@ class Runtime:
         from kasa_runtime.tokenizer import Tokenizer
 
         tails = await in_background(TailCache.for_model, model_dir)
-        tokenizer = await in_background(Tokenizer, model_dir)
         store = AdapterStore(config.adapters_dir, config.keep_versions)
         engine = make_engine(model_dir, tails, config.native, graph)
-        await engine.start()
+        tokenizer = await _start(engine, in_background(Tokenizer, model_dir))
         manager = AdapterManager(
             store,
             tails,
@@ -433,6 +427,19 @@ def _on_loop_clock(deadline_s: float | None) -> float | None:
     if deadline_s is None:
         return None
     return asyncio.get_running_loop().time() + deadline_s - time.monotonic()
+
+
+async def _start(engine: Engine, reading_tokenizer: Coroutine[Any, Any, Tokenizer]) -> Tokenizer:
+    """Both at the same time; raises what either does, and then leaves no engine running."""
+    reading = asyncio.create_task(reading_tokenizer)
+    starting = asyncio.create_task(engine.start())
+    await asyncio.wait([reading, starting])
+    errors = [error for task in (reading, starting) if (error := task.exception())]
+    if errors and starting.exception() is None:
+        await engine.close()
+    for error in errors:
+        raise error
+    return reading.result()
 
 
 def _describe(

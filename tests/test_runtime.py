@@ -152,9 +152,8 @@ async def serving(
 
 async def test_what_was_begun_before_is_used(tiny_chat_model: Path, adapters_dir: Path) -> None:
     wanted = RuntimeConfig(str(tiny_chat_model), adapters_dir, native=config())
-    begun = begin(replace(wanted, model="no-such-model"))
     with pytest.raises(ModelError, match="no-such-model"):
-        await Runtime.create(wanted, None, begun)
+        begin(replace(wanted, model="no-such-model"))
     async with await Runtime.create(wanted, None, begin(wanted)) as runtime:
         assert await read(runtime, ask())
 

@@ -7,6 +7,7 @@ same time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +42,9 @@ class Weights:
 
 
 class AdaptedGraph:
-    """The model in the directory with paged attention and low-rank operations; `pristine` is
-    compiled, with `adaptable` layers and float32 activations; `compile` goes by the `options` that
-    are set. Raises ModelError, ConfigError."""
+    """The model in the directory with paged attention and low-rank operations beside `adaptable`
+    layers; `compile` goes by the `options` that are set, which begin with float32 activations.
+    Raises ModelError, ConfigError."""
 
     def __init__(self, model_dir: Path, config: EngineConfig) -> None:
         require_float32_on_cpu(config)
@@ -59,7 +60,21 @@ class AdaptedGraph:
             # Logits are large, and few adapters change the layer that makes them.
             below = linears.below_logit_rows(self.model.graph, nodes)
             self.adaptable: Set[str] = nodes.keys() - below
-            self.pristine = self.compile({}, self.adaptable)
+        self._pristine: Future[Weights] | None = None
+
+    def begin(self) -> None:
+        """Compile the pristine weights on a thread of its own, which leaves the interpreter to
+        others."""
+        pool = ThreadPoolExecutor(1, "kasa-compile")
+        self._pristine = pool.submit(self.compile, {}, self.adaptable)
+        pool.shutdown(wait=False)
+
+    def take_pristine(self) -> Weights:
+        """Those that `begin` began, if it did, else compiled now. They are gigabytes, and the
+        caller's alone. Raises ModelError."""
+        with plugin_errors(self.model.info.architecture):
+            begun, self._pristine = self._pristine, None
+            return begun.result() if begun else self.compile({}, self.adaptable)
 
     def compile(self, merged: Mapping[str, Tensor], adaptable: Set[str]) -> Weights:
         """The model with these weights in the place of its own, by layer."""
