@@ -80,7 +80,7 @@ def test_on_main_it_is_the_commit_before(main: Path) -> None:
     commit(main)
     status, output = check(main)
     assert status != 0
-    assert 'Field "13"' in output
+    assert 'field "13" with name "reason"' in output
 
 
 def test_on_a_branch_it_is_where_it_left_main(main: Path) -> None:
