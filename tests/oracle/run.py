@@ -37,7 +37,7 @@ MERGING = {
     "manual": MergeConfig(),
     # Of a dozen names that are asked for alike, one often has this much of so short a time.
     "auto": MergeConfig(
-        "auto", merge_share=0.2, unmerge_share=0.15, merge_window_s=0.5, merge_dwell_s=0.0
+        "auto", merge_share=0.25, unmerge_share=0.2, merge_window_s=0.5, merge_dwell_s=0.0
     ),
 }
 
