@@ -157,10 +157,12 @@ def _print(info: AdapterInfo, as_json: bool) -> None:
 def _fields(info: AdapterInfo) -> dict[str, str]:
     fields: dict[str, Any] = asdict(info) | {
         "target_modules": ", ".join(info.target_modules),
-        "size_bytes": _size(info.size_bytes),
-        "create_time": _time(info.create_time),
+        "size": _size(info.size_bytes),
+        "created": _time(info.create_time),
     }
-    return {name: str(value) for name, value in fields.items() if value not in ("", None)}
+    hidden = ("size_bytes", "create_time")
+    shown = {name: value for name, value in fields.items() if name not in hidden}
+    return {name: str(value) for name, value in shown.items() if value not in ("", None)}
 
 
 def _print_table(infos: list[AdapterInfo]) -> None:
