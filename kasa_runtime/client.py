@@ -65,11 +65,11 @@ class Client:
         """Publish a directory. Raises AdapterInvalid, BaseMismatch, VersionConflict."""
         return self._do(wire.upload(Path(directory), options))
 
-    def list_adapters(self) -> list[AdapterInfo]:
-        """All adapters by name, those in quarantine too."""
-        infos, token = self._do(wire.list_adapters(""))
+    def list_adapters(self, *, timeout_s: float | None = None) -> list[AdapterInfo]:
+        """All adapters by name, those in quarantine too. `timeout_s` is for each page of 1000."""
+        infos, token = self._do(wire.list_adapters("", timeout_s))
         while token:
-            page, token = self._do(wire.list_adapters(token))
+            page, token = self._do(wire.list_adapters(token, timeout_s))
             infos += page
         return infos
 
@@ -159,10 +159,10 @@ class AsyncClient:
         with Client(self._address) as client:
             return await asyncio.to_thread(client.upload, directory, **options)
 
-    async def list_adapters(self) -> list[AdapterInfo]:
-        infos, token = await self._do(wire.list_adapters(""))
+    async def list_adapters(self, *, timeout_s: float | None = None) -> list[AdapterInfo]:
+        infos, token = await self._do(wire.list_adapters("", timeout_s))
         while token:
-            page, token = await self._do(wire.list_adapters(token))
+            page, token = await self._do(wire.list_adapters(token, timeout_s))
             infos += page
         return infos
 
