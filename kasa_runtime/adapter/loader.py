@@ -1,11 +1,12 @@
 """From the files of a version to what users see of it and to what the engine loads.
 
-Blocking throughout: it runs on background threads.
+Blocking, so it runs on background threads.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.content import changed_s, content_digest, signature
 from kasa_runtime.adapter.index import AdapterIndex, Entry
 from kasa_runtime.adapter.lora import Adapter, AdapterWeights, fold
-from kasa_runtime.adapter.store import AdapterStore, StoredVersion
+from kasa_runtime.adapter.store import AdapterStore
 from kasa_runtime.adapter.tails import TailCache
+from kasa_runtime.adapter.versions import StoredVersion, present
+from kasa_runtime.background import finish, in_background
 from kasa_runtime.errors import AdapterError, AdapterInvalid
 from kasa_runtime.types import AdapterInfo, AdapterState
 
@@ -40,14 +43,20 @@ class AdapterLoader:
         self._tails = tails
         self._index = AdapterIndex(store.state, tails.base.fingerprint)
 
-    def pin(self, info: AdapterInfo) -> AbstractContextManager[None]:
-        """Keep a version on the disk until it has been read."""
-        return self._store.pin(info.name, info.version)
+    @asynccontextmanager
+    async def hold(self, info: AdapterInfo) -> AsyncIterator[None]:
+        """Keep a version on the disk until it has been read. Event loop."""
+        self._store.hold(info.name, info.version)
+        try:
+            yield
+        finally:
+            if self._store.let_go(info.name, info.version):
+                await finish(in_background(self._store.sweep, info.name))
 
     def read(self, key: str, info: AdapterInfo) -> AdapterWeights:
         """The folded weights of a version. Raises AdapterNotFound, AdapterInvalid."""
-        stored = self._store.version(info.name, info.version)
-        with self._store.present(info.name, info.version, stored.directory):
+        stored = self._store.held(info.name, info.version)
+        with present(info.name, info.version, stored.directory):
             if content_digest(stored.directory) != info.version:
                 raise AdapterInvalid(
                     f"{key}: its files changed on disk after they were checked", name=info.name
@@ -68,7 +77,7 @@ class AdapterLoader:
         """What users see of a version; from the index if its files are those that were read before.
         Raises AdapterInvalid, BaseMismatch."""
         try:
-            with self._store.present(stored.name, stored.version, stored.directory):
+            with present(stored.name, stored.version, stored.directory):
                 found = signature(stored.directory)
                 entry = self._index.get(stored.name)
                 if entry and (entry.info.version, entry.signature) == (stored.version, found):

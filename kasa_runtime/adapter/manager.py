@@ -15,8 +15,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from kasa_runtime.adapter.loader import AdapterLoader
+from kasa_runtime.adapter.names import check_name, is_name, listed
 from kasa_runtime.adapter.residency import AdapterHost, Lease, Residency, key_of, name_of
-from kasa_runtime.adapter.store import AdapterStore, check_expected, check_name, is_name
+from kasa_runtime.adapter.store import AdapterStore, check_expected
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.adapter.upload import Upload, check_manifest
 from kasa_runtime.adapter.watcher import DirectoryWatcher
@@ -297,7 +298,7 @@ class AdapterManager:
             )
         if not version or not is_name(name):
             raise AdapterNotFound(
-                f"no adapter {name!r}; there are {sorted(self._current) or 'none'}", name=name
+                f"no adapter {name!r}; there are {listed(self._current)}", name=name
             )
         stored = await in_background(self.store.version, name, version)
         return await in_background(self._loader.inspect, stored)

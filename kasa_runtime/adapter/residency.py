@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
@@ -86,12 +86,12 @@ class Residency:
 
         Raises AdapterInvalid, CapacityExceeded."""
         key = key_of(info)
-        with ExitStack() as until_loaded:
-            until_loaded.enter_context(self._loader.pin(info))
+        async with AsyncExitStack() as until_loaded:
+            await until_loaded.enter_async_context(self._loader.hold(info))
             resident = await self._hold(key, info)
             try:
                 await asyncio.shield(resident.loading)
-                until_loaded.close()
+                await until_loaded.aclose()
                 yield Lease(key, info.name, info.version)
             finally:
                 await self._release(key, resident)

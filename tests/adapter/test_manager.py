@@ -18,8 +18,9 @@ from adapter.fake_host import FakeHost, Recorder
 from adapter.making import LAYER, edit_json, edit_tensors, make_adapter, write_adapter
 from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.checkpoint import CONFIG_FILE, META_FILE, WEIGHTS_FILE
+from kasa_runtime.adapter.content import content_digest
 from kasa_runtime.adapter.manager import AdapterManager
-from kasa_runtime.adapter.store import AdapterStore, content_digest
+from kasa_runtime.adapter.store import AdapterStore
 from kasa_runtime.errors import (
     AdapterInUse,
     AdapterInvalid,
