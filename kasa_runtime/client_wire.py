@@ -102,7 +102,7 @@ def list_adapters(
     return UnaryCall(lambda s: s.adapters.ListAdapters, request, result, {"timeout": timeout_s})
 
 
-def to_adapter(method: str, **arguments: str) -> UnaryCall[t.AdapterInfo]:
+def to_adapter(method: str, **arguments: str | bool) -> UnaryCall[t.AdapterInfo]:
     """A method of AdapterService that answers with the adapter."""
     request = getattr(adapters_pb2, f"{method}Request")(**arguments)
     return UnaryCall(lambda s: getattr(s.adapters, method), request, _adapter_of)
@@ -241,6 +241,8 @@ def adapter(message: Any) -> t.AdapterInfo:
         create_time=message.create_time.ToMicroseconds() / 1e6,
         in_flight=message.in_flight,
         reason=message.reason,
+        tier=_enum(t.AdapterTier, adapters_pb2.AdapterTier, message.tier) or t.AdapterTier.DISK,
+        pinned=message.pinned,
     )
 
 
