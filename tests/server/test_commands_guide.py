@@ -59,7 +59,7 @@ def test_every_command_with_a_result_has_it_as_json(name: str) -> None:
 @pytest.mark.parametrize(
     ("title", "result", "enums"),
     [
-        ("adapter", AdapterInfo, (AdapterState, AdapterMethod)),
+        ("adapter", AdapterInfo, (AdapterState, AdapterMethod, AdapterTier)),
         ("model", ModelInfo, ()),
         ("generation", TokenChunk, (FinishReason, Mode)),
     ],
