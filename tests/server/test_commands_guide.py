@@ -15,6 +15,7 @@ from kasa_runtime.types import (
     AdapterInfo,
     AdapterMethod,
     AdapterState,
+    AdapterTier,
     FinishReason,
     Mode,
     ModelInfo,
