@@ -224,11 +224,13 @@ def test_serve_passes_its_flags_on(monkeypatch):
         return 3
 
     monkeypatch.setattr("server.app.serve", fake_serve)
+    monkeypatch.setattr(serve, "begin", lambda config: config.model)
     arguments = ["--model", "m", "--grpc-port", "0", "--adapters-dir", "a"]
     arguments += ["--adapter-limit", "style=4:200", "--adapter-limit", "few=1"]
     result = CliRunner().invoke(serve.command, arguments, env={"KASA_HTTP_PORT": "9"})
     assert result.exit_code == 3
-    runtime_config, server_config, _ = seen
+    runtime_config, server_config, begun = seen
+    assert begun == "m"
     assert isinstance(runtime_config, RuntimeConfig)
     assert (runtime_config.model, runtime_config.adapters_dir) == ("m", Path("a"))
     assert runtime_config.limits.adapter_limit == ("style=4:200", "few=1")
