@@ -39,6 +39,7 @@ from kasa_runtime.engine.native.openvino.packed import PackedWeights, unpacked
 from kasa_runtime.engine.native.openvino.settings import plugin_options
 from kasa_runtime.engine.native.probe import require_split_prompts
 from kasa_runtime.errors import CapacityExceeded, ModelError
+from kasa_runtime.home import remembered
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +61,20 @@ class OpenVinoExecutor(Executor):
         self._graph = built or AdaptedGraph(model_dir, config)
         model = self._graph.model
         self._low_rank, self._adaptable = self._graph.low_rank, self._graph.adaptable
-        self._pristine = self._weights = self._graph.pristine
-        del self._graph.pristine  # gigabytes, if others take its place
+        self._pristine = self._weights = self._graph.take_pristine()
         self._merged_slot = NO_SLOT
         self._merged_weights: Packed = {}
         self._spare: Packed = {}  # memory of weights that were merged, for the next ones
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
         with plugin_errors(model.info.architecture):
             self._describe(model, config)
-            self._caches = attention.allocate(self._pristine.compiled, self.num_blocks)
+            caches = attention.allocate(self._pristine.compiled, self.num_blocks)
+            self._caches, memory = caches
             self._give_caches(self._pristine.request)
             self._require_parity(model, TOLERANCE)
-            require_split_prompts(self, model.info.architecture, 0.01)
+            self._require_split_prompts(model)
             self._set_options(plugin_options(config))
-        huge_pages.collapse_in_background()
+        huge_pages.settle_in_background(memory)
 
     def run(self, batch: PackedBatch) -> Tensor:
         self._low_rank.begin(batch)
@@ -211,6 +212,15 @@ class OpenVinoExecutor(Executor):
                 f"{model.info.architecture} has other logits in OpenVINO than in transformers "
                 f"(by {float((found - want).abs().max()):.1e}); use --executor torch"
             )
+
+    def _require_split_prompts(self, model: ConvertedModel) -> None:
+        """A property of the converted model, so once is enough. Raises ModelError."""
+
+        def check() -> dict[str, bool]:
+            require_split_prompts(self, model.info.architecture, 0.01)
+            return {"agree": True}
+
+        remembered("split-prompts", {"model": model.key}, check)
 
     def _switch(self, weights: Weights, merged: Packed, slot: int) -> Commit:
         def commit() -> None:

@@ -7,6 +7,7 @@ same time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,9 @@ class Weights:
 
 
 class AdaptedGraph:
-    """The model in the directory with paged attention and low-rank operations; `pristine` is
-    compiled, with `adaptable` layers and float32 activations; `compile` goes by the `options` that
-    are set. Raises ModelError, ConfigError."""
+    """The model in the directory with paged attention and low-rank operations beside `adaptable`
+    layers; `compile` goes by the `options` that are set, which begin with float32 activations.
+    Raises ModelError, ConfigError."""
 
     def __init__(self, model_dir: Path, config: EngineConfig) -> None:
         require_float32_on_cpu(config)
@@ -59,10 +60,28 @@ class AdaptedGraph:
             below = linears.below_logit_rows(self.model.graph, nodes)
             self.adaptable: Set[str] = (nodes.keys() - below) | self.dense
             self.packed = PackedWeights({name: self.shapes[name] for name in self.dense})
-            for name in self.dense:
-                self.low_rank.pack(linears.array(nodes[name]), self.packed[name])
-            self.low_rank.use(self.packed)
-            self.pristine = self.compile(self.dense, self.adaptable)
+        self._pristine: Future[Weights] | None = None
+
+    def begin(self) -> None:
+        """Pack and compile the pristine weights on a thread of its own, which leaves the
+        interpreter to others."""
+        pool = ThreadPoolExecutor(1, "kasa-compile")
+        self._pristine = pool.submit(self._compile_pristine)
+        pool.shutdown(wait=False)
+
+    def take_pristine(self) -> Weights:
+        """Those that `begin` began, if it did, else compiled now. They are gigabytes, and the
+        caller's alone. Raises ModelError."""
+        with plugin_errors(self.model.info.architecture):
+            begun, self._pristine = self._pristine, None
+            return begun.result() if begun else self._compile_pristine()
+
+    def _compile_pristine(self) -> Weights:
+        nodes = linears.linear_nodes(self.model.graph, self.dense)
+        for name, node in nodes.items():
+            self.low_rank.pack(linears.array(node), self.packed[name])
+        self.low_rank.use(self.packed)
+        return self.compile(self.dense, self.adaptable)
 
     def compile(self, dense: Set[str], adaptable: Set[str]) -> Weights:
         """The graph with the layers `dense` multiplied by packed weights, the others by the
