@@ -85,12 +85,14 @@ class Client:
         """Make an older version current; "" is the one before. Raises AdapterNotFound."""
         return self._do(wire.to_adapter("RollbackAdapter", name=name, version=version))
 
-    def load_adapter(self, name: str) -> AdapterInfo:
-        """Bring into the engine ahead of the first request."""
-        return self._do(wire.to_adapter("LoadAdapter", name=name))
+    def load_adapter(self, name: str, *, pin: bool = False) -> AdapterInfo:
+        """Bring into a slot if one is free or idle, else into memory; `pin` waits for a slot and
+        keeps it. Raises CapacityExceeded if a pin would leave no slot for others."""
+        return self._do(wire.to_adapter("LoadAdapter", name=name, pin=pin))
 
     def unload_adapter(self, name: str) -> AdapterInfo:
-        """Take out of the engine once no request holds it. Raises AdapterInUse when merged."""
+        """Take out of memory, and of the engine once no request holds it; its pin ends. Raises
+        AdapterInUse when merged."""
         return self._do(wire.to_adapter("UnloadAdapter", name=name))
 
     def merge_adapter(self, name: str) -> AdapterInfo:
@@ -175,8 +177,8 @@ class AsyncClient:
     async def rollback_adapter(self, name: str, version: str = "") -> AdapterInfo:
         return await self._do(wire.to_adapter("RollbackAdapter", name=name, version=version))
 
-    async def load_adapter(self, name: str) -> AdapterInfo:
-        return await self._do(wire.to_adapter("LoadAdapter", name=name))
+    async def load_adapter(self, name: str, *, pin: bool = False) -> AdapterInfo:
+        return await self._do(wire.to_adapter("LoadAdapter", name=name, pin=pin))
 
     async def unload_adapter(self, name: str) -> AdapterInfo:
         return await self._do(wire.to_adapter("UnloadAdapter", name=name))

@@ -99,7 +99,7 @@ def list_adapters(token: str) -> UnaryCall[tuple[list[t.AdapterInfo], str]]:
     return UnaryCall(lambda s: s.adapters.ListAdapters, request, result)
 
 
-def to_adapter(method: str, **arguments: str) -> UnaryCall[t.AdapterInfo]:
+def to_adapter(method: str, **arguments: str | bool) -> UnaryCall[t.AdapterInfo]:
     """A method of AdapterService that answers with the adapter."""
     request = getattr(adapters_pb2, f"{method}Request")(**arguments)
     return UnaryCall(lambda s: getattr(s.adapters, method), request, _adapter_of)
@@ -238,6 +238,8 @@ def adapter(message: Any) -> t.AdapterInfo:
         create_time=message.create_time.ToMicroseconds() / 1e6,
         in_flight=message.in_flight,
         reason=message.reason,
+        tier=_enum(t.AdapterTier, adapters_pb2.AdapterTier, message.tier) or t.AdapterTier.DISK,
+        pinned=message.pinned,
     )
 
 

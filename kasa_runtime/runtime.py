@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from kasa_runtime.adapter.names import is_name
 from kasa_runtime.admission import Admission, Visit
 from kasa_runtime.background import in_background
 from kasa_runtime.engine.config import EngineConfig
@@ -83,6 +85,27 @@ class RuntimeConfig:
     keep_versions: int = field(
         default=5, metadata={"help": "versions of an adapter that are kept for rollback"}
     )
+    start_wait_s: float = field(
+        default=2.0,
+        metadata={
+            "help": "seconds that a start waits at most for adapters that no earlier one has "
+            "checked; the rest is checked while others are served, what is asked for first"
+        },
+    )
+    host_cache_gib: float = field(
+        default=0.5,
+        metadata={
+            "help": "memory for adapters that are in no slot, in GiB: they come back without being "
+            "read again; 0: none"
+        },
+    )
+    pin: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "an adapter that always has a slot, whatever version the name stands for; may "
+            "be given several times, at most max_slots - 1 times"
+        },
+    )
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     merging: MergeConfig = field(default_factory=MergeConfig)
     native: EngineConfig = field(default_factory=EngineConfig)
@@ -92,6 +115,17 @@ class RuntimeConfig:
             raise ConfigError(f"keep_versions must be at least 1, got {self.keep_versions}")
         if not self.poll_interval_s > 0:
             raise ConfigError(f"poll_interval_s must be above 0, got {self.poll_interval_s}")
+        for name in ("start_wait_s", "host_cache_gib"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in self.pin:
+            if not is_name(name):
+                raise ConfigError(f"pin must be the name of an adapter, got {name!r}")
+        if len(set(self.pin)) >= self.native.max_slots and self.pin:
+            raise ConfigError(
+                f"pin has {len(set(self.pin))} names, and of the {self.native.max_slots} slots at "
+                "least one has to be left to others; pin fewer or raise max_slots"
+            )
 
 
 def begin(config: RuntimeConfig) -> Future[Beginning]:
@@ -130,6 +164,7 @@ class Runtime:
         self._tokenizer = tokenizer
         self._observer = observer
         self._admission = self._make_admission()
+        manager.when_slots_change(self._admission.advance)
         self._draining = False
         self._cut_off = asyncio.Event()
         self._merge_policy = MergePolicy(config.merging)
@@ -168,11 +203,13 @@ class Runtime:
             engine,
             max_slots=engine.limits.max_slots,
             observer=observer,
+            max_host_bytes=int(config.host_cache_gib * 2**30),
+            pinned=config.pin,
             poll_interval_s=config.poll_interval_s,
             force_polling=config.watch == "poll",
         )
         try:
-            await manager.start()
+            await manager.start(config.start_wait_s)
         except BaseException:
             await engine.close()
             raise
@@ -275,13 +312,16 @@ class Runtime:
         """Make an older version current again. `version` "": the one before the current."""
         return await self._manager.rollback(name, version)
 
-    async def load_adapter(self, name: str) -> AdapterInfo:
-        """Bring into an engine slot ahead of its first request."""
-        return await self._manager.load(name)
+    async def load_adapter(self, name: str, *, pin: bool = False) -> AdapterInfo:
+        """Bring into an engine slot ahead of its first request if one is free or idle, else into
+        memory beside the engine. `pin`: wait for a slot, and keep the name in it until it is
+        unloaded, whatever version it comes to stand for. Raises CapacityExceeded if no slot would
+        be left for others."""
+        return await self._manager.load(name, pin=pin)
 
     async def unload_adapter(self, name: str) -> AdapterInfo:
-        """Free its slot once no request holds it. Raises AdapterInUse when merged; in auto mode it
-        is unmerged instead."""
+        """Free its memory, and its slot once no request holds it; it is pinned no longer. Raises
+        AdapterInUse when merged; in auto mode it is unmerged instead."""
         await self._unmerge_in_auto_mode(name)
         return await self._manager.unload(name)
 
@@ -308,6 +348,7 @@ class Runtime:
             prefix_cache_hits=engine.prefix_cache_hits,
             merged_adapter=self._manager.merged or BASE,
             resident_adapters=self._manager.resident_names(),
+            host_tier_bytes=self._manager.host_tier_bytes,
             token_shares=self._merge_policy.shares() if self._auto_merge is not None else {},
         )
 
@@ -332,16 +373,12 @@ class Runtime:
             max_inside=native.max_num_seqs + 2 * num_ready,
             reserve=num_ready,
             max_slots=self._engine.limits.max_slots,
-            always_in_slots=self._merged_name,
+            always_in_slots=self._manager.always_in_slots,
         )
 
     def _refuse_if_draining(self) -> None:
         if self._draining:
             raise ShuttingDown("this server is shutting down; try another", retry_after_s=5.0)
-
-    def _merged_name(self) -> set[str]:
-        merged = self._manager.merged
-        return {merged.partition("@")[0]} if merged else set()
 
     async def _exists(self, name: str) -> bool:
         """Whether there is such an adapter; names that clients make up take no place."""

@@ -27,11 +27,12 @@ COARSEST_FILE_TIME_S = 2.0
 
 @dataclass(frozen=True)
 class Recorded:
-    """A name of an earlier run. `source`: signature that its directory had when it was taken in, ""
-    if that is not known; None if what it serves did not come from there."""
+    """A name of an earlier run. `found`: None if it has to be read. `source`: signature that its
+    directory had when it was taken in, "" if that is not known; None if what it serves did not come
+    from there."""
 
     name: str
-    found: AdapterInfo | AdapterError
+    found: AdapterInfo | AdapterError | None
     source: str | None = None
 
 
@@ -76,30 +77,34 @@ class AdapterLoader:
     def inspect(self, stored: StoredVersion) -> AdapterInfo:
         """What users see of a version; from the index if its files are those that were read before.
         Raises AdapterInvalid, BaseMismatch."""
-        try:
-            with present(stored.name, stored.version, stored.directory):
-                found = signature(stored.directory)
-                entry = self._index.get(stored.name)
-                if entry and (entry.info.version, entry.signature) == (stored.version, found):
-                    return entry.info
-                info = describe(self._servable(stored.directory), stored)
-        except AdapterError as error:
-            error.name = stored.name
-            raise
+        entry, found = self._remembered(stored)
+        if entry and (entry.info.version, entry.signature) == (stored.version, found):
+            return entry.info
+        info = self._describe(stored)
         self._index.put(Entry(info, found, entry.source if entry else ""))
         return info
 
+    def inspect_version(self, name: str, version: str) -> AdapterInfo:
+        """`inspect` for one that need not be current. Raises AdapterNotFound too."""
+        stored = self._store.version(name, version)
+        if stored.version == self._store.current_version(name):
+            return self.inspect(stored)
+        return self._describe(stored)  # the index has one version of a name
+
     def recorded(self, name: str) -> Recorded:
-        """What an earlier run published; checked again if the base or a file is another one now."""
+        """What an earlier run published, if neither the base nor a file has changed since."""
         source = None
         try:
             if self._store.is_taken_from_directory(name):
                 source = ""
-            info = self.inspect(self._store.current(name))
+            stored = self._store.current(name)
+            entry, found = self._remembered(stored)
         except AdapterError as error:
             return Recorded(name, error, source)
-        entry = self._index.get(name)
-        return Recorded(name, info, (entry.source if entry else "") or source)
+        if entry is None:
+            return Recorded(name, None, source)
+        is_known = (entry.info.version, entry.signature) == (stored.version, found)
+        return Recorded(name, entry.info if is_known else None, entry.source or source)
 
     def remember_source(self, name: str, source: str, began_s: float) -> None:
         """Spare the next start from reading `adapters/<name>/`: a look that began at `began_s`, in
@@ -116,6 +121,19 @@ class AdapterLoader:
     def forget(self, name: str) -> None:
         """Drop what is remembered of a name."""
         self._index.drop(name)
+
+    def _remembered(self, stored: StoredVersion) -> tuple[Entry | None, str]:
+        """What the index has of the name, and the signature of the version's files."""
+        with present(stored.name, stored.version, stored.directory):
+            return self._index.get(stored.name), signature(stored.directory)
+
+    def _describe(self, stored: StoredVersion) -> AdapterInfo:
+        try:
+            with present(stored.name, stored.version, stored.directory):
+                return describe(self._servable(stored.directory), stored)
+        except AdapterError as error:
+            error.name = stored.name
+            raise
 
     def _servable(self, directory: Path) -> Adapter:
         return checkpoint.read(directory, self._tails.base, to_serve=True)

@@ -87,6 +87,7 @@ def fold(adapter: Adapter, key: str) -> AdapterWeights:
         b = b * adapter.config.scaling_of(name)
         if not torch.isfinite(b).all():
             raise AdapterInvalid(f"{name}: s * B diag(d) overflows float32; is lora_alpha right?")
+        b = b.T.contiguous().T  # column by column: an engine that wants (r, out) copies nothing
         modules[name] = ModuleDelta(weights.a, b, adapter.truncation.get(name, 0))
     return AdapterWeights(key, modules)
 

@@ -1,4 +1,4 @@
-"""Names of adapters: what is one, and what is not."""
+"""Names of adapters and keys of their versions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from kasa_runtime.errors import InvalidRequest
+from kasa_runtime.types import AdapterInfo
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 MAX_LISTED = 20
@@ -29,3 +30,12 @@ def listed(names: Iterable[str]) -> str:
     known = sorted(names)
     rest = f" and {len(known) - MAX_LISTED} more" if len(known) > MAX_LISTED else ""
     return f"{known[:MAX_LISTED] or 'none'}{rest}"
+
+
+def key_of(info: AdapterInfo) -> str:
+    """What names a version in the engine."""
+    return f"{info.name}@{info.version}"
+
+
+def name_of(key: str) -> str:
+    return key.partition("@")[0]

@@ -108,7 +108,7 @@ def rollback(name: str, version: str, address: str, as_json: bool) -> None:
 
 
 def _named(method: str, help: str) -> None:
-    """A sub-command that takes a name: `load` calls `Client.load_adapter`."""
+    """A sub-command that takes a name: `merge` calls `Client.merge_adapter`."""
 
     @command.command(method, help=help)
     @click.argument("name")
@@ -120,7 +120,17 @@ def _named(method: str, help: str) -> None:
             _print(call(name), as_json)
 
 
-_named("load", "Bring an adapter into the engine ahead of its first request.")
+@command.command()
+@click.argument("name")
+@click.option("--pin", is_flag=True, help="keep it there, and the versions that follow it")
+@json_option
+@address_option
+def load(name: str, pin: bool, address: str, as_json: bool) -> None:
+    """Bring an adapter into the engine ahead of its first request."""
+    with _client(address) as client:
+        _print(client.load_adapter(name, pin=pin), as_json)
+
+
 _named("unload", "Take an adapter out of the engine.")
 _named("merge", "Put an adapter inside the base weights.")
 
@@ -167,7 +177,7 @@ def _print_table(infos: list[AdapterInfo]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("name", "version", "state", "method", box=None)
+    table = Table("name", "version", "state", "tier", "method", box=None)
     for column in ("rank", "truncation", "size", "in flight"):
         table.add_column(column, justify="right", no_wrap=True)
     for info in infos:
@@ -176,6 +186,7 @@ def _print_table(infos: list[AdapterInfo]) -> None:
             info.name,
             info.version[:VERSION_DIGITS],
             f"[{color}]{info.state}[/]",
+            f"{info.tier}, pinned" if info.pinned else info.tier,
             info.method,
             str(info.rank or ""),
             f"{info.truncation_rank} {info.truncation_rule}" if info.truncation_rank else "",
