@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from kasa_runtime.adapter.loader import AdapterLoader
 from kasa_runtime.adapter.lora import AdapterWeights
-from kasa_runtime.background import finish, in_background
+from kasa_runtime.background import finish, in_background, return_memory
 from kasa_runtime.errors import CapacityExceeded, EngineDead
 from kasa_runtime.types import AdapterInfo, AdapterState, Observer
 
@@ -184,6 +184,7 @@ class Residency:
                     del self._resident[key]
                 elif resident.retired and resident.idle and key != self.merged:
                     await self._unload(key)
+                    await in_background(return_memory)  # not after evictions: another one comes
             self._slot_freed.notify_all()
 
     async def _evict_one(self) -> bool:
