@@ -85,10 +85,11 @@ async def run(arguments: argparse.Namespace, directory: Path) -> dict[str, list[
     config = RuntimeConfig(arguments.model, directory, native=native)
     found: dict[str, list[float]] = {"many": [], "few": [], "many / few": []}
     async with await Runtime.create(config) as runtime:
-        num_adapters = len(runtime.list_adapters())
+        while len(runtime.list_adapters()) < NUM_REGISTERED:  # new ones are taken in beside serving
+            await asyncio.sleep(0.1)
         print(
-            f"{machine()}; {arguments.model} on {runtime.model.executor}; {num_adapters} adapters, "
-            f"{native.max_slots} slots, {arguments.concurrency} clients",
+            f"{machine()}; {arguments.model} on {runtime.model.executor}; "
+            f"{NUM_REGISTERED} adapters, {native.max_slots} slots, {arguments.concurrency} clients",
             flush=True,
         )
         for index in range(arguments.rounds + 1):
