@@ -8,6 +8,7 @@ Importing this module is light; torch comes with `Runtime.create`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import math
@@ -208,6 +209,9 @@ class Runtime:
             await engine.close()
             raise
         model = _describe(config, model_dir, tails.base.fingerprint, engine, tokenizer)
+        # What is there now stays: a garbage collection that looked through all of it would hold up
+        # a step by a tenth of a second.
+        gc.freeze()
         return cls(config, model, engine, manager, tokenizer, observer)
 
     async def drain(self, timeout_s: float) -> None:
@@ -226,6 +230,7 @@ class Runtime:
             await self._auto_merge.close()
         await self._manager.close()
         await self._engine.close()
+        gc.unfreeze()
         self._encoding.shutdown(wait=False)
 
     async def __aenter__(self) -> Runtime:

@@ -271,7 +271,7 @@ async def test_an_adapter_at_its_limit_says_when_to_retry(live: Live) -> None:
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert details["ErrorInfo"].reason == "LIMIT_EXCEEDED"
         assert details["ErrorInfo"].metadata["adapter"] == name
-        assert 0 < details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() < 80
+        assert 0 < details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() < 103
     await live.generate(**long)
     await live.generate(**long, adapter="first")
 

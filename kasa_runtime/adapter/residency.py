@@ -22,7 +22,7 @@ from kasa_runtime.adapter.loader import AdapterLoader
 from kasa_runtime.adapter.lora import AdapterWeights
 from kasa_runtime.adapter.names import key_of, name_of
 from kasa_runtime.adapter.permanent import Permanent
-from kasa_runtime.background import finish, in_background
+from kasa_runtime.background import finish, in_background, return_memory
 from kasa_runtime.errors import EngineDead, KasaError
 from kasa_runtime.types import AdapterInfo, AdapterState, AdapterTier, Observer
 
@@ -265,6 +265,7 @@ class Residency:
                     del self._resident[key]
                 elif resident.retired and resident.idle and key != self._permanent.merged:
                     await self._unload(key)
+                    await in_background(return_memory)  # not after evictions: another one comes
             self._slot_freed.notify_all()
 
     async def _look_for_slots(self) -> None:

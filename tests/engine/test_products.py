@@ -23,8 +23,8 @@ from kasa_runtime.engine.native.openvino.native import compiled_library
 from kasa_runtime.engine.native.openvino.packed import PackedWeights, unpacked
 from kasa_runtime.engine.native.openvino.settings import core
 
-ROWS = (1, 5, 12, 13, 40)
-"""Of a step: below, at and above what one tile has."""
+ROWS = (1, 5, 12, 13, 40, 121, 300)
+"""Of a step: below, at and above what one tile has, and what one pass over the weights serves."""
 
 
 class Compiled:
@@ -50,7 +50,7 @@ class Compiled:
         """y of random rows with these slots, the layers in float64, and x (rows, HIDDEN)."""
         sequences = [SequenceSlice(1, 0, range(1), slot) for slot in slots]
         self.low_rank.begin(PackedBatch.pack([0] * len(slots), sequences, [0]))
-        x = np.random.default_rng(7).standard_normal((1, 40, HIDDEN)).astype(np.float32)
+        x = np.random.default_rng(7).standard_normal((1, max(ROWS), HIDDEN)).astype(np.float32)
         x = x[:, : len(slots)].copy()
         found = self._request.infer({"x": x, "logit_rows": np.array([0])})[0][0].copy()
         has_adapter = np.array([slot == 0 for slot in slots], np.float32)

@@ -170,7 +170,7 @@ async def test_gauges_are_read_from_the_runtime(metrics):
     assert found["kasa_prefix_cache_queries_total",] == 30
     assert found["kasa_prefix_cache_hits_total",] == 20
     assert found["kasa_adapter_resident", ("adapter", "style"), ("tier", "slot")] == 1
-    assert found["kasa_adapter_resident", ("adapter", "warm"), ("tier", "host")] == 1
+    assert found["kasa_adapter_resident", ("adapter", "_other"), ("tier", "host")] == 1
     assert found["kasa_adapter_host_cache_bytes",] == 512
     assert found["kasa_adapter_merged", ("adapter", "style")] == 1
     assert found["kasa_adapter_token_share_ratio", ("adapter", "style")] == 0.75

@@ -108,8 +108,9 @@ class OpenVinoExecutor(Executor):
         del self._adapters[slot]
 
         def commit() -> None:
-            self._low_rank.forget(slot)
+            held = self._low_rank.forget(slot)
             self._low_rank.merge(self._merged_slot)
+            _release(held)
 
         return commit
 
@@ -240,5 +241,6 @@ class OpenVinoExecutor(Executor):
 
 
 def _release(unused: list[Any]) -> None:
-    """Forget what may be the last references to gigabytes, which takes as long as a step."""
+    """Forget what may be the last references to megabytes or gigabytes: freeing them takes up to a
+    step."""
     threading.Thread(target=unused.clear, name="kasa-release", daemon=True).start()

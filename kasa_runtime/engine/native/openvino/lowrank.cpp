@@ -238,18 +238,31 @@ void expand_all(Table& table, const Step& step, int64_t layer, const float* y0, 
     });
 }
 
-// y[:, first:last] += z[:, first:last] + sum_j h_j b_j of one layer, all (num_rows, out); z may be null.
-void add_terms(const Table& table, const Step& step, int64_t layer, const float* z, float* y, int64_t first,
-               int64_t last) {
+// A part of a product: some rows, some panels.
+struct Part {
+    int64_t row, end_row, panel, end_panel;
+};
+
+void multiply_part(const Weight& weight, const Part& part, const float* x, float* y) {
+    multiply(x + part.row * weight.in, part.end_row - part.row, weight.in, weight.packed, weight.out,
+             y + part.row * weight.out, part.panel, part.end_panel);
+}
+
+// y += z + sum_j h_j b_j in a part of one layer's y (num_rows, out); z may be null.
+void add_terms(const Table& table, const Step& step, int64_t layer, const Part& part, const float* z,
+               float* y) {
     const int64_t out = table.weights[layer].out, stride = table.stride(layer, step);
+    const int64_t first = part.panel * kPanel, last = std::min(part.end_panel * kPanel, out);
     const float* h = table.hidden[layer].data();
-    for (size_t i = 0; z && i < step.rows.size(); ++i)
-        for (int64_t k = first; k < last; ++k) y[i * out + k] += z[i * out + k];
+    for (int64_t row = part.row; z && row < part.end_row; ++row)
+        for (int64_t k = first; k < last; ++k) y[row * out + k] += z[row * out + k];
     if (!stride) return;
     for (const Unit& block : step.blocks)
         for (int32_t i = block.first; i < block.first + block.count; ++i) {
-            float* row = y + step.rows[i] * out;
-            expand(row, row + first, first, last, table.of(layer, block), h + i * stride);
+            const int64_t row = step.rows[i];
+            if (row < part.row || row >= part.end_row) continue;
+            float* at = y + row * out + first;
+            expand(y + row * out, at, first, last, table.of(layer, block), h + i * stride);
         }
 }
 
@@ -296,18 +309,24 @@ void fold(const std::vector<Term>& terms, const Weight& shape, const float* from
     end_stores_past_cache();
 }
 
-// Call task(i, first, last) for panels first to last of layers[i], until all panels of all are done.
+// Call task(i, part) for parts of layers[i] until all panels of all have served all rows, in chunks of
+// rows so that what one chunk reads and writes stays in the second cache.
 template <typename Task>
-void run_panels(const Table& table, const std::vector<int64_t>& layers, const Task& task) {
+void run_parts(const Table& table, const std::vector<int64_t>& layers, int64_t num_rows, const Task& task) {
     std::vector<int64_t> begins{0};
     for (const int64_t layer : layers)
         begins.push_back(begins.back() + num_panels(table.weights[layer].out));
-    tbb::parallel_for(tbb::blocked_range<int64_t>(0, begins.back()), [&](const auto& range) {
-        for (size_t i = 0; i < layers.size(); ++i) {
-            const int64_t first = std::max(range.begin(), begins[i]);
-            const int64_t last = std::min(range.end(), begins[i + 1]);
-            if (first < last) task(i, first - begins[i], last - begins[i]);
-        }
+    const int64_t all = begins.back(), num_chunks = (num_rows + kChunk - 1) / kChunk;
+    tbb::parallel_for(tbb::blocked_range<int64_t>(0, num_chunks * all), [&](const auto& range) {
+        for (int64_t chunk = range.begin() / all; chunk * all < range.end(); ++chunk)
+            for (size_t i = 0; i < layers.size(); ++i) {
+                const int64_t begin = chunk * all + begins[i];
+                const int64_t panel = std::max(range.begin() - begin, int64_t(0));
+                const int64_t end_panel = std::min(range.end() - begin, begins[i + 1] - begins[i]);
+                if (panel < end_panel)
+                    task(i, Part{num_rows * chunk / num_chunks, num_rows * (chunk + 1) / num_chunks, panel,
+                                 end_panel});
+            }
     }, tbb::static_partitioner());
 }
 
@@ -315,10 +334,9 @@ void run_panels(const Table& table, const std::vector<int64_t>& layers, const Ta
 void project(Table& table, const Step& step, const std::vector<int64_t>& layers, const float* x,
              const float* z, const std::vector<float*>& y, int64_t num_rows, int64_t in) {
     shrink_all(table, step, layers, x, num_rows, in);
-    run_panels(table, layers, [&](size_t i, int64_t first, int64_t last) {
-        const Weight& weight = table.weights[layers[i]];
-        multiply(x, num_rows, in, weight.packed, weight.out, y[i], first, last);
-        add_terms(table, step, layers[i], z, y[i], first * kPanel, std::min(last * kPanel, weight.out));
+    run_parts(table, layers, num_rows, [&](size_t i, const Part& part) {
+        multiply_part(table.weights[layers[i]], part, x, y[i]);
+        add_terms(table, step, layers[i], part, z, y[i]);
     });
 }
 
@@ -331,14 +349,15 @@ void project_gated(Table& table, const Step& step, int64_t gate, int64_t up, con
     const int64_t layers[] = {gate, up};
     float* y[] = {table.gate.data(), table.up.data()};
     shrink_all(table, step, {gate, up}, x, num_rows, in);
-    run_panels(table, {gate}, [&](size_t, int64_t first, int64_t last) {
-        const int64_t begin = first * kPanel, end = std::min(last * kPanel, width);
+    run_parts(table, {gate}, num_rows, [&](size_t, const Part& part) {
         for (int i = 0; i < 2; ++i) {
-            multiply(x, num_rows, in, table.weights[layers[i]].packed, width, y[i], first, last);
-            add_terms(table, step, layers[i], nullptr, y[i], begin, end);
+            multiply_part(table.weights[layers[i]], part, x, y[i]);
+            add_terms(table, step, layers[i], part, nullptr, y[i]);
         }
-        for (int64_t at = begin; at < num_rows * width; at += width)
-            gated(y[0] + at, y[1] + at, y[0] + at, end - begin);
+        const int64_t first = part.panel * kPanel, last = std::min(part.end_panel * kPanel, width);
+        for (int64_t row = part.row; row < part.end_row; ++row)
+            gated(y[0] + row * width + first, y[1] + row * width + first, y[0] + row * width + first,
+                  last - first);
     });
 }
 

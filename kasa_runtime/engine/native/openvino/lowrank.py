@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from openvino.utils.node_factory import NodeFactory
 
+from kasa_runtime.background import give_way
 from kasa_runtime.engine.native.executor import NO_SLOT, PackedBatch, TailSource
 from kasa_runtime.engine.native.openvino.linears import below_logit_rows
 from kasa_runtime.engine.native.openvino.patterns import (
@@ -36,25 +36,13 @@ from kasa_runtime.engine.native.openvino.patterns import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kasa_runtime.adapter.kasa import Tail
-    from kasa_runtime.adapter.lora import AdapterWeights, ModuleDelta
+    from kasa_runtime.adapter.lora import AdapterWeights
 
 Packed = Mapping[str, NDArray[np.float32]]
 """Weights in the layout of `product.hpp`, by layer."""
 
 ALL_ROWS, LOGIT_ROWS = 0, 1
 """Which rows of a step an operation sees."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One layer's factors in one slot, rows to read: a (r, in), b (r, out), q (t, in), p (t, out).
-    float32, contiguous."""
-
-    a: Tensor
-    b: Tensor
-    q: Tensor | None
-    p: Tensor | None
 
 
 class LowRank:
@@ -70,7 +58,8 @@ class LowRank:
         self._num_slots = num_slots
         self._layers = {name: number for number, name in enumerate(shapes)}
         self.shapes = shapes
-        self._held: dict[int, dict[str, Factors]] = {}  # by slot
+        self._held: dict[int, list[Tensor]] = {}  # by slot
+        self._tails: dict[str, tuple[Tensor, Tensor]] = {}  # (q, p), the largest that was needed
         self._merged_slot = NO_SLOT
         # of every slot: what its rows need, and what they need while another one is merged; and
         # what the base's rows need then
@@ -165,20 +154,25 @@ class LowRank:
 
     def prepare(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> None:
         """Fill a slot that no row has; what a load that failed left in it goes."""
-        held = {
-            name: _factors(delta, self._tail(name, delta.t, tails))
-            for name, delta in adapter.modules.items()
-        }
         self.forget(slot)
-        for name, factors in held.items():
-            self._append(name, slot, factors.a, factors.b, 1.0)
-            if factors.q is not None and factors.p is not None:
-                self._append(name, slot, factors.q, factors.p, -1.0)
-        self._held[slot] = held
+        held = self._held[slot] = []
+        for name, delta in adapter.modules.items():
+            give_way()
+            a, b = _rows(delta.a), _rows(delta.b.T)
+            self._append(name, slot, a, b, 1.0)
+            held += [a, b]
+            if delta.t:
+                q, p = self._tail(name, delta.t, tails)
+                self._append(name, slot, q, p, -1.0)
+                held += [q, p]
 
-    def forget(self, slot: int) -> None:
+    def forget(self, slot: int) -> list[Tensor]:
+        """Empty a slot. Returns what it held, for the caller to drop: that takes a millisecond."""
         self._native.kasa_table_clear(self._table, slot)
-        self._held.pop(slot, None)
+        held = self._held.pop(slot, [])
+        if not self._held:
+            self._tails.clear()
+        return held
 
     def merge(self, slot: int) -> None:
         """Rows get what distinguishes their adapter from the one in `slot`, which is in the
@@ -210,22 +204,14 @@ class LowRank:
             b.shape[1], rank, factor,
         )  # fmt: skip
 
-    def _tail(self, name: str, t: int, tails: TailSource) -> tuple[Tensor, Tensor] | None:
-        """(q, p) of rank t, of a resident adapter where one has enough."""
-        if not t:
-            return None
-        for held in self._held.values():
-            factors = held.get(name)
-            if factors is not None and factors.q is not None and len(factors.q) >= t:
-                assert factors.p is not None
-                return factors.q[-t:], factors.p[-t:]
-        tail: Tail = tails.get(name, t)
-        return _rows(tail.q), _rows(tail.p.T)
-
-
-def _factors(delta: ModuleDelta, tail: tuple[Tensor, Tensor] | None) -> Factors:
-    q, p = tail or (None, None)
-    return Factors(_rows(delta.a), _rows(delta.b.T), q, p)
+    def _tail(self, name: str, t: int, tails: TailSource) -> tuple[Tensor, Tensor]:
+        """q (t, in), p (t, out)"""
+        held = self._tails.get(name)
+        if held is None or len(held[0]) < t:
+            tail = tails.get(name, t)
+            held = self._tails[name] = _rows(tail.q), _rows(tail.p.T)
+        q, p = held
+        return q[-t:], p[-t:]
 
 
 def _pointer(array: NDArray[Any]) -> int:

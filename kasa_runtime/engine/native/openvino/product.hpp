@@ -20,7 +20,9 @@ using Vec = float __attribute__((vector_size(64), aligned(4)));
 inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 inline void store(float* to, Vec v) { *reinterpret_cast<Vec*>(to) = v; }
 
+// Into the second cache and all below it.
 inline void prefetch(const float* from) { __builtin_prefetch(from, 0, 2); }
+inline void prefetch_first(const float* from) { __builtin_prefetch(from, 0, 3); }
 
 // To an address that is a multiple of 64, of what nobody reads soon: memory is not read before.
 #ifdef __AVX512F__
@@ -37,8 +39,9 @@ constexpr int kTile = 12;  // rows whose sums stay in registers
 #else
 constexpr int kTile = 3;
 #endif
-constexpr int64_t kCached = 1 << 17;  // floats of x that stay in the second cache beside a panel
+constexpr int64_t kChunk = 120;  // rows that one pass over the panels serves: they stay in the second cache
 constexpr int64_t kAhead = 64 * kPanel;  // how far a panel that is used once is fetched ahead
+constexpr int64_t kNear = 8 * kPanel;  // and one from the second cache into the first
 
 inline int64_t num_panels(int64_t out) { return (out + kPanel - 1) / kPanel; }
 
@@ -50,6 +53,8 @@ void multiply_tile(const float* x, int64_t in, const float* panel, float* y, int
     for (int64_t k = 0; k < in; ++k) {
         prefetch(ahead + k * stride);
         prefetch(ahead + k * stride + 16);
+        prefetch_first(panel + k * kPanel + kNear);
+        prefetch_first(panel + k * kPanel + kNear + 16);
         const Vec a = load(panel + k * kPanel), b = load(panel + k * kPanel + 16);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
@@ -77,13 +82,6 @@ void multiply_rows(int64_t num_rows, Arguments... arguments) {
 // The outputs of panels first to last of y (num_rows, out) = x (num_rows, in) W^T.
 inline void multiply(const float* x, int64_t num_rows, int64_t in, const float* packed, int64_t out, float* y,
                      int64_t first, int64_t last) {
-    const int64_t most = kCached / in / kTile * kTile;
-    if (num_rows > most && most) {
-        for (int64_t row = 0; row < num_rows; row += most)
-            multiply(x + row * in, num_rows - row < most ? num_rows - row : most, in, packed, out, y + row * out,
-                     first, last);
-        return;
-    }
     const int64_t num_tiles = (num_rows + kTile - 1) / kTile;
     for (int64_t p = first; p < last; ++p) {
         const float* panel = packed + p * in * kPanel;
