@@ -39,6 +39,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/buf lint proto
+	proto/breaking.sh $(BIN)/buf
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -18,7 +18,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -76,21 +76,22 @@ def copy_seconds(num_bytes: int) -> float:
 
 
 @asynccontextmanager
-async def streams(runtime: Runtime, count: int, adapter: str) -> AsyncIterator[list[list[float]]]:
-    """Requests that go on and on; when the tokens of each came (time.perf_counter)."""
-    arrivals: list[list[float]] = [[] for _ in range(count)]
+async def streams(runtime: Runtime, adapters: Sequence[str]) -> AsyncIterator[list[list[float]]]:
+    """Requests that go on and on, one for each of `adapters` ("": the base); when the tokens of
+    each came (time.perf_counter)."""
+    arrivals: list[list[float]] = [[] for _ in adapters]
     sampling = SamplingParams(max_tokens=512, ignore_eos=True)
 
     async def stream(index: int) -> None:
         for turn in range(1_000_000):
             request = GenerationRequest(
-                f"{index}/{turn}", adapter if index % 2 else "", PROMPT, sampling=sampling
+                f"{index}/{turn}", adapters[index], PROMPT, sampling=sampling
             )
             async with aclosing(runtime.generate(request)) as chunks:
                 async for chunk in chunks:
                     arrivals[index] += [time.perf_counter()] * bool(chunk.token_ids)
 
-    tasks = [asyncio.create_task(stream(i)) for i in range(count)]
+    tasks = [asyncio.create_task(stream(i)) for i in range(len(adapters))]
     try:
         while not all(len(found) > 3 for found in arrivals):
             await asyncio.sleep(0.01)
@@ -123,7 +124,8 @@ async def measure(runtime: Runtime, num_bytes: int, arguments: argparse.Namespac
     start_s, merged_s = await timed_merge(runtime, arguments.adapter)
     await runtime.unmerge_adapter()
     unmerge_s, merge_s = time.perf_counter() - merged_s, merged_s - start_s
-    async with streams(runtime, arguments.streams, arguments.adapter) as arrivals:
+    adapters = [arguments.adapter if i % 2 else "" for i in range(arguments.streams)]
+    async with streams(runtime, adapters) as arrivals:
         quiet_s = time.perf_counter()
         await asyncio.sleep(QUIET_S)
         busy = await timed_merge(runtime, arguments.adapter)

@@ -118,6 +118,19 @@ class Admission:
             if visit.entered:
                 self._leave(visit)
 
+    def advance(self) -> None:
+        """Let in who may enter; to be called when `always_in_slots` changes, too."""
+        always = self._always_in_slots()
+        self._end_turns(always)
+        while self._queue and self._num_inside < self._max_inside:
+            adapter = self._queue.first(self._may_enter(always))
+            if adapter is None:
+                return
+            visit = self._queue.pop(adapter)
+            self._gone(visit)
+            if not visit.turn.done():  # else it was cancelled, and has not run since
+                self._enter(visit)
+
     # --- for visits -------------------------------------------------------------------------------
 
     def wait(self, visit: Visit) -> None:
@@ -127,7 +140,7 @@ class Admission:
         self._queue.push(visit.adapter, visit)
         if visit.adapter != BASE and visit.adapter not in self._slots:
             self._slot_wanted.setdefault(visit.adapter, self._clock())
-        self._advance()
+        self.advance()
 
     def give_up(self, visit: Visit) -> None:
         self._queue.remove(visit.adapter, visit)
@@ -154,19 +167,6 @@ class Admission:
         self._gone(visit)
         if not visit.turn.done():
             visit.turn.set_exception(Overloaded(full, retry_after_s=RETRY_S))
-
-    def _advance(self) -> None:
-        """Let in who may enter."""
-        always = self._always_in_slots()
-        self._end_turns(always)
-        while self._queue and self._num_inside < self._max_inside:
-            adapter = self._queue.first(self._may_enter(always))
-            if adapter is None:
-                return
-            visit = self._queue.pop(adapter)
-            self._gone(visit)
-            if not visit.turn.done():  # else it was cancelled, and has not run since
-                self._enter(visit)
 
     def _may_enter(self, always: Set[str]) -> Callable[[str], bool]:
         """Of those that wait, who may enter now."""
@@ -216,7 +216,7 @@ class Admission:
             del self._slots[adapter]
             if self._queue.num_waiting(adapter):
                 self._slot_wanted[adapter] = self._clock()
-        self._advance()
+        self.advance()
 
     def _gone(self, visit: Visit) -> None:
         """From the queue."""

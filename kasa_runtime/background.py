@@ -4,15 +4,25 @@ Such a thread must never use torch with more than one thread. OpenMP would give 
 own, and with more threads than cores libgomp stops spinning between parallel regions, in every team
 and for good: decoding, which is made of thousands of short regions, then loses a third of its
 speed.
+
+And whatever processor it takes from a thread of the model, all of the model's threads wait for. A
+low priority alone does not help: those threads yield when they wait for each other, and then a
+thread of any priority gets a whole time slice. So background threads have a low priority and yield
+often, by `give_way`: on a busy machine they get what the model leaves, and elsewhere all they can
+use.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from functools import cache
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,6 +30,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NUM_THREADS = 4
+NICENESS = 10
+"""Above that of the process."""
 
 
 async def in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -66,13 +78,31 @@ async def _leave(entering: asyncio.Future[T], context: AbstractContextManager[T]
         await in_background(context.__exit__, None, None, None)
 
 
+def give_way() -> None:
+    """Let threads of the model go first, where there are not processors enough. Work of more than
+    some milliseconds calls it in its loops; it costs a microsecond."""
+    os.sched_yield()
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system, where the C library keeps it: glibc does, beside every
+    thread that allocated some. Takes some milliseconds."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(NUM_THREADS, "kasa-background", initializer=_single_threaded)
+    return ThreadPoolExecutor(NUM_THREADS, "kasa-background", initializer=_initialise)
 
 
-def _single_threaded() -> None:
+def _initialise() -> None:
     set_torch_threads(1)
+    if sys.platform == "linux":  # where a priority is a thread's
+        with suppress(OSError):
+            thread = threading.get_native_id()
+            niceness = os.getpriority(os.PRIO_PROCESS, thread) + NICENESS
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 
 def set_torch_threads(count: int) -> None:

@@ -1,26 +1,32 @@
 """`kasa`: the console script. Sub-commands live in `kasa_runtime/commands/` and are imported when
 called, so that `kasa --help` does not pay for torch.
 
-Exit status: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+Exit status: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted training.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kasa_runtime import __version__
+from kasa_runtime.commands.output import Failure
 from kasa_runtime.errors import KasaError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 COMMANDS = {
     "serve": "Serve one base model and its adapters over gRPC.",
+    "status": "Show what a running server serves.",
     "generate": "Send a prompt to a running server.",
     "adapters": "List, upload, merge and otherwise manage adapters of a running server.",
     "train": "Train an adapter from a run.toml.",
     "experiment": "Compare ways to train over several seeds.",
     "model": "Fetch, inspect and prepare base models.",
+    "completion": "Print the script that completes commands in a shell.",
 }
 
 
@@ -40,6 +46,19 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        names = (name for name in COMMANDS if name.startswith(incomplete))
+        commands = [CompletionItem(name, help=COMMANDS[name]) for name in names]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KasaError, TimeoutError) as error:
+            raise Failure(error, ctx) from error
+
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="kasa-runtime")
@@ -48,12 +67,8 @@ def cli() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `kasa`; library errors become one line on stderr and exit status 1."""
-    try:
-        cli.main(args=argv, prog_name="kasa", standalone_mode=True)
-    except KasaError as error:
-        click.echo(f"kasa: error: {error}", err=True)
-        sys.exit(1)
+    """Run `kasa`; ends the process with its exit status."""
+    cli.main(args=argv, prog_name="kasa")
 
 
 if __name__ == "__main__":

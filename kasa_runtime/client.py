@@ -65,11 +65,11 @@ class Client:
         """Publish a directory. Raises AdapterInvalid, BaseMismatch, VersionConflict."""
         return self._do(wire.upload(Path(directory), options))
 
-    def list_adapters(self) -> list[AdapterInfo]:
-        """All adapters by name, those in quarantine too."""
-        infos, token = self._do(wire.list_adapters(""))
+    def list_adapters(self, *, timeout_s: float | None = None) -> list[AdapterInfo]:
+        """All adapters by name, those in quarantine too. `timeout_s` is for each page of 1000."""
+        infos, token = self._do(wire.list_adapters("", timeout_s))
         while token:
-            page, token = self._do(wire.list_adapters(token))
+            page, token = self._do(wire.list_adapters(token, timeout_s))
             infos += page
         return infos
 
@@ -85,12 +85,14 @@ class Client:
         """Make an older version current; "" is the one before. Raises AdapterNotFound."""
         return self._do(wire.to_adapter("RollbackAdapter", name=name, version=version))
 
-    def load_adapter(self, name: str) -> AdapterInfo:
-        """Bring into the engine ahead of the first request."""
-        return self._do(wire.to_adapter("LoadAdapter", name=name))
+    def load_adapter(self, name: str, *, pin: bool = False) -> AdapterInfo:
+        """Bring into a slot if one is free or idle, else into memory; `pin` waits for a slot and
+        keeps it. Raises CapacityExceeded if a pin would leave no slot for others."""
+        return self._do(wire.to_adapter("LoadAdapter", name=name, pin=pin))
 
     def unload_adapter(self, name: str) -> AdapterInfo:
-        """Take out of the engine once no request holds it. Raises AdapterInUse when merged."""
+        """Take out of memory, and of the engine once no request holds it; its pin ends. Raises
+        AdapterInUse when merged."""
         return self._do(wire.to_adapter("UnloadAdapter", name=name))
 
     def merge_adapter(self, name: str) -> AdapterInfo:
@@ -159,10 +161,10 @@ class AsyncClient:
         with Client(self._address) as client:
             return await asyncio.to_thread(client.upload, directory, **options)
 
-    async def list_adapters(self) -> list[AdapterInfo]:
-        infos, token = await self._do(wire.list_adapters(""))
+    async def list_adapters(self, *, timeout_s: float | None = None) -> list[AdapterInfo]:
+        infos, token = await self._do(wire.list_adapters("", timeout_s))
         while token:
-            page, token = await self._do(wire.list_adapters(token))
+            page, token = await self._do(wire.list_adapters(token, timeout_s))
             infos += page
         return infos
 
@@ -175,8 +177,8 @@ class AsyncClient:
     async def rollback_adapter(self, name: str, version: str = "") -> AdapterInfo:
         return await self._do(wire.to_adapter("RollbackAdapter", name=name, version=version))
 
-    async def load_adapter(self, name: str) -> AdapterInfo:
-        return await self._do(wire.to_adapter("LoadAdapter", name=name))
+    async def load_adapter(self, name: str, *, pin: bool = False) -> AdapterInfo:
+        return await self._do(wire.to_adapter("LoadAdapter", name=name, pin=pin))
 
     async def unload_adapter(self, name: str) -> AdapterInfo:
         return await self._do(wire.to_adapter("UnloadAdapter", name=name))

@@ -28,6 +28,7 @@ from kasa_runtime import types as t
 from kasa_runtime.errors import reason
 
 CHUNK_BYTES = 2**20
+PAGE_SIZE = 1000  # the most that a server gives
 REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
 OPTIONAL_FILES = ("kasa_meta.json", "README.md")
 
@@ -89,17 +90,19 @@ def upload(directory: Path, options: UploadOptions) -> UnaryCall[t.AdapterInfo]:
     return UnaryCall(lambda s: s.adapters.UploadAdapter, messages, _adapter_of)
 
 
-def list_adapters(token: str) -> UnaryCall[tuple[list[t.AdapterInfo], str]]:
+def list_adapters(
+    token: str, timeout_s: float | None
+) -> UnaryCall[tuple[list[t.AdapterInfo], str]]:
     """One page, and the token of the next."""
 
     def result(response: Any) -> tuple[list[t.AdapterInfo], str]:
         return [adapter(message) for message in response.adapters], response.next_page_token
 
-    request = adapters_pb2.ListAdaptersRequest(page_token=token)
-    return UnaryCall(lambda s: s.adapters.ListAdapters, request, result)
+    request = adapters_pb2.ListAdaptersRequest(page_size=PAGE_SIZE, page_token=token)
+    return UnaryCall(lambda s: s.adapters.ListAdapters, request, result, {"timeout": timeout_s})
 
 
-def to_adapter(method: str, **arguments: str) -> UnaryCall[t.AdapterInfo]:
+def to_adapter(method: str, **arguments: str | bool) -> UnaryCall[t.AdapterInfo]:
     """A method of AdapterService that answers with the adapter."""
     request = getattr(adapters_pb2, f"{method}Request")(**arguments)
     return UnaryCall(lambda s: getattr(s.adapters, method), request, _adapter_of)
@@ -238,6 +241,8 @@ def adapter(message: Any) -> t.AdapterInfo:
         create_time=message.create_time.ToMicroseconds() / 1e6,
         in_flight=message.in_flight,
         reason=message.reason,
+        tier=_enum(t.AdapterTier, adapters_pb2.AdapterTier, message.tier) or t.AdapterTier.DISK,
+        pinned=message.pinned,
     )
 
 

@@ -8,16 +8,19 @@ Importing this module is light; torch comes with `Runtime.create`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from kasa_runtime.adapter.names import is_name
 from kasa_runtime.admission import Admission, Visit
 from kasa_runtime.background import in_background, on_loop_clock
 from kasa_runtime.engine.config import EngineConfig
@@ -86,6 +89,27 @@ class RuntimeConfig:
     keep_versions: int = field(
         default=5, metadata={"help": "versions of an adapter that are kept for rollback"}
     )
+    start_wait_s: float = field(
+        default=2.0,
+        metadata={
+            "help": "seconds that a start waits at most for adapters that no earlier one has "
+            "checked; the rest is checked while others are served, what is asked for first"
+        },
+    )
+    host_cache_gib: float = field(
+        default=0.5,
+        metadata={
+            "help": "memory for adapters that are in no slot, in GiB: they come back without being "
+            "read again; 0: none"
+        },
+    )
+    pin: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "an adapter that always has a slot, whatever version the name stands for; may "
+            "be given several times, at most max_slots - 1 times"
+        },
+    )
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     merging: MergeConfig = field(default_factory=MergeConfig)
     native: EngineConfig = field(default_factory=EngineConfig)
@@ -95,18 +119,22 @@ class RuntimeConfig:
             raise ConfigError(f"keep_versions must be at least 1, got {self.keep_versions}")
         if not self.poll_interval_s > 0:
             raise ConfigError(f"poll_interval_s must be above 0, got {self.poll_interval_s}")
+        for name in ("start_wait_s", "host_cache_gib"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in self.pin:
+            if not is_name(name):
+                raise ConfigError(f"pin must be the name of an adapter, got {name!r}")
+        if len(set(self.pin)) >= self.native.max_slots and self.pin:
+            raise ConfigError(
+                f"pin has {len(set(self.pin))} names, and of the {self.native.max_slots} slots at "
+                "least one has to be left to others; pin fewer or raise max_slots"
+            )
 
 
-def begin(config: RuntimeConfig) -> Future[Beginning]:
-    """Find the model and begin what can be begun without torch, on a thread of its own, so that a
-    program may import what else it needs before it calls `Runtime.create`."""
-    pool = ThreadPoolExecutor(1, "kasa-begin")
-    begun = pool.submit(_begin, config)
-    pool.shutdown(wait=False)
-    return begun
-
-
-def _begin(config: RuntimeConfig) -> Beginning:
+def begin(config: RuntimeConfig) -> Beginning:
+    """Find the model and begin what can be begun without torch, so that a program may import what
+    else it needs before it calls `Runtime.create`. Raises ModelError."""
     from kasa_runtime.base_model.source import resolve
     from kasa_runtime.engine.factory import begin as begin_graph
 
@@ -135,6 +163,7 @@ class Runtime:
         self._tokenizer = tokenizer
         self._observer = observer
         self._admission = self._make_admission()
+        manager.when_slots_change(self._admission.advance)
         self._draining = False
         self._cut_off = asyncio.Event()
         self._merge_policy = MergePolicy(config.merging)
@@ -149,12 +178,14 @@ class Runtime:
         cls,
         config: RuntimeConfig,
         observer: Observer | None = None,
-        begun: Future[Beginning] | None = None,
+        begun: Beginning | None = None,
     ) -> Runtime:
         """Load the base model, start the engine, take in the adapters directory. `begun`: what
         `begin` returned for this configuration. Raises ModelError, ConfigError."""
         observer = observer or Observer()
-        model_dir, graph = await asyncio.wrap_future(begun or begin(config))
+        if begun is None:
+            begun = await in_background(begin, config)
+        model_dir, graph = begun
         # Here and not before: torch is imported while what was begun goes on.
         from kasa_runtime.adapter.manager import AdapterManager
         from kasa_runtime.adapter.store import AdapterStore
@@ -163,25 +194,29 @@ class Runtime:
         from kasa_runtime.tokenizer import Tokenizer
 
         tails = await in_background(TailCache.for_model, model_dir)
-        tokenizer = await in_background(Tokenizer, model_dir)
         store = AdapterStore(config.adapters_dir, config.keep_versions)
         engine = make_engine(config.engine, model_dir, tails, config.native, graph)
-        await engine.start()
+        tokenizer = await _start(engine, in_background(Tokenizer, model_dir))
         manager = AdapterManager(
             store,
             tails,
             engine,
             max_slots=engine.limits.max_slots,
             observer=observer,
+            max_host_bytes=int(config.host_cache_gib * 2**30),
+            pinned=config.pin,
             poll_interval_s=config.poll_interval_s,
             force_polling=config.watch == "poll",
         )
         try:
-            await manager.start()
+            await manager.start(config.start_wait_s)
         except BaseException:
             await engine.close()
             raise
         model = _describe(config, model_dir, tails.base.fingerprint, engine, tokenizer)
+        # What is there now stays: a garbage collection that looked through all of it would hold up
+        # a step by a tenth of a second.
+        gc.freeze()
         return cls(config, model, engine, manager, tokenizer, observer)
 
     async def drain(self, timeout_s: float) -> None:
@@ -200,6 +235,7 @@ class Runtime:
             await self._auto_merge.close()
         await self._manager.close()
         await self._engine.close()
+        gc.unfreeze()
         self._encoding.shutdown(wait=False)
 
     async def __aenter__(self) -> Runtime:
@@ -280,13 +316,16 @@ class Runtime:
         """Make an older version current again. `version` "": the one before the current."""
         return await self._manager.rollback(name, version)
 
-    async def load_adapter(self, name: str) -> AdapterInfo:
-        """Bring into an engine slot ahead of its first request."""
-        return await self._manager.load(name)
+    async def load_adapter(self, name: str, *, pin: bool = False) -> AdapterInfo:
+        """Bring into an engine slot ahead of its first request if one is free or idle, else into
+        memory beside the engine. `pin`: wait for a slot, and keep the name in it until it is
+        unloaded, whatever version it comes to stand for. Raises CapacityExceeded if no slot would
+        be left for others."""
+        return await self._manager.load(name, pin=pin)
 
     async def unload_adapter(self, name: str) -> AdapterInfo:
-        """Free its slot once no request holds it. Raises AdapterInUse when merged; in auto mode it
-        is unmerged instead."""
+        """Free its memory, and its slot once no request holds it; it is pinned no longer. Raises
+        AdapterInUse when merged; in auto mode it is unmerged instead."""
         await self._unmerge_in_auto_mode(name)
         return await self._manager.unload(name)
 
@@ -313,6 +352,7 @@ class Runtime:
             prefix_cache_hits=engine.prefix_cache_hits,
             merged_adapter=self._manager.merged or BASE,
             resident_adapters=self._manager.resident_names(),
+            host_tier_bytes=self._manager.host_tier_bytes,
             token_shares=self._merge_policy.shares() if self._auto_merge is not None else {},
         )
 
@@ -337,16 +377,12 @@ class Runtime:
             max_inside=native.max_num_seqs + 2 * num_ready,
             reserve=num_ready,
             max_slots=self._engine.limits.max_slots,
-            always_in_slots=self._merged_name,
+            always_in_slots=self._manager.always_in_slots,
         )
 
     def _refuse_if_draining(self) -> None:
         if self._draining:
             raise ShuttingDown("this server is shutting down; try another", retry_after_s=5.0)
-
-    def _merged_name(self) -> set[str]:
-        merged = self._manager.merged
-        return {merged.partition("@")[0]} if merged else set()
 
     async def _exists(self, name: str) -> bool:
         """Whether there is such an adapter; names that clients make up take no place."""
@@ -431,6 +467,19 @@ class Runtime:
             return
         async with self._manager.lease(adapter) as lease:
             yield lease
+
+
+async def _start(engine: Engine, reading_tokenizer: Coroutine[Any, Any, Tokenizer]) -> Tokenizer:
+    """Both at the same time; raises what either does, and then leaves no engine running."""
+    reading = asyncio.create_task(reading_tokenizer)
+    starting = asyncio.create_task(engine.start())
+    await asyncio.wait([reading, starting])
+    errors = [error for task in (reading, starting) if (error := task.exception())]
+    if errors and starting.exception() is None:
+        await engine.close()
+    for error in errors:
+        raise error
+    return reading.result()
 
 
 def _describe(

@@ -49,6 +49,14 @@ class AdapterState(StrEnum):
     QUARANTINED = "quarantined"  # refused; `AdapterInfo.reason` says why
 
 
+class AdapterTier(StrEnum):
+    """Where the weights of an adapter are, the fastest place that has them."""
+
+    DISK = "disk"
+    HOST = "host"  # in memory, ready for a slot
+    SLOT = "slot"  # in the engine
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen.
@@ -216,6 +224,8 @@ class AdapterInfo:
     create_time: float = 0.0  # seconds since the epoch
     in_flight: int = 0  # requests that hold it
     reason: str = ""  # why it is quarantined
+    tier: AdapterTier = AdapterTier.DISK
+    pinned: bool = False  # stays in its slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,12 +272,13 @@ class RuntimeStats:
     prefix_cache_queries: int  # prompt tokens looked for in the KV cache
     prefix_cache_hits: int  # those of them that were found
     merged_adapter: str  # "name@version" or ""
-    resident_adapters: Mapping[str, str] = field(
+    resident_adapters: Mapping[str, AdapterTier] = field(
         default_factory=dict
-    )  # name -> tier ("slot", "host")
+    )  # those in memory, by name
     token_shares: Mapping[str, float] = field(
         default_factory=dict
     )  # "name@version" -> share that auto mode decides by, 0 to 1; empty in manual mode
+    host_tier_bytes: int = 0  # weights of adapters in memory that are in no slot
 
 
 class Observer:

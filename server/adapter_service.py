@@ -63,7 +63,8 @@ class AdapterService:
 
     @rpc
     async def LoadAdapter(self, message: Any, call: Call) -> Any:
-        info = await self._runtime.load_adapter(convert.adapter_ref("name", message.name))
+        name = convert.adapter_ref("name", message.name)
+        info = await self._runtime.load_adapter(name, pin=message.pin)
         return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(info))
 
     @rpc

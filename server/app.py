@@ -6,7 +6,6 @@ import asyncio
 import logging
 import signal
 from collections.abc import Sequence
-from concurrent.futures import Future
 from types import TracebackType
 
 import grpc
@@ -190,7 +189,7 @@ class Server:
 async def serve(
     runtime_config: RuntimeConfig,
     server_config: ServerConfig,
-    begun: Future[Beginning] | None = None,
+    begun: Beginning | None = None,
 ) -> int:
     """Load the model, serve it, and return the process's exit status. `begun`: of the runtime."""
     edge = Edge(server_config)

@@ -258,6 +258,8 @@ def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         create_time=created,
         in_flight=info.in_flight,
         reason=info.reason,
+        tier=_enum(adapters_pb2.AdapterTier, info.tier),
+        pinned=info.pinned,
     )
 
 

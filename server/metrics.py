@@ -208,6 +208,11 @@ class Gauges(Collector):
             stats.prefix_cache_hits,
         )
         yield self._resident(stats)
+        yield GaugeMetricFamily(
+            "kasa_adapter_host_cache_bytes",
+            "Weights of adapters in memory that are in no slot",
+            stats.host_tier_bytes,
+        )
         yield self._merged(stats)
         yield self._shares(stats)
         yield self._info(self._source.list_adapters())
@@ -215,7 +220,7 @@ class Gauges(Collector):
     def _resident(self, stats: RuntimeStats) -> Metric:
         metric = GaugeMetricFamily(
             "kasa_adapter_resident",
-            "Adapters in the engine, by where",
+            "Adapters in memory, by where: slot, or host for those in no slot",
             labels=["adapter", "tier"],
         )
         counts: dict[tuple[str, str], int] = {}

@@ -304,3 +304,38 @@ def test_every_wait_is_bounded_whoever_floods(
         await world.close()
 
     asyncio.run(check())
+
+
+async def test_a_pin_gets_a_slot_from_a_stream_that_nobody_else_waits_behind() -> None:
+    """It waits for no request's turn, but one has to end for it."""
+    world = World(max_slots=2)
+    await world.add("a", 1)
+    world.now_s += TURN_S / 2
+    await world.add("b", 1)
+    world.merged = {"pinned"}
+    await world.add("a", 1)
+    assert adapters(world.inside) == ["a", "b", "a"], "it had no turn yet"
+    world.now_s += TURN_S / 2
+    late = await world.add("a", 2) + await world.add("b", 1)
+    assert adapters(world.inside) == ["a", "b", "a", "b"], "a had its slot longest"
+    await world.end(3)
+    assert adapters(world.inside) == ["b"], "a's slot is free for the pinned one"
+    assert not any(request.entered for request in late[:2])
+    await world.add("pinned", 1)
+    assert adapters(world.inside) == ["b", "pinned"]
+    await world.end(after_s=TURN_S)
+    assert [request.entered for request in late] == [True] * 3, "b's slot is a's again"
+    await world.close()
+
+
+async def test_those_who_wait_are_let_in_when_a_slot_is_given_up() -> None:
+    world = World(max_slots=2)
+    world.merged = {"merged"}
+    await world.add("a", 1)
+    (waits,) = await world.add("b", 1)
+    assert not waits.entered
+    world.merged = set()
+    world.admission.advance()
+    await world.settle()
+    assert waits.entered and adapters(world.inside) == ["a", "b"]
+    await world.close()

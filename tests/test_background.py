@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 import threading
 
 import pytest
@@ -27,3 +29,11 @@ async def test_uses_one_torch_thread_and_leaves_the_callers_alone() -> None:
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities are the process's")
+async def test_its_threads_come_after_the_callers() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    assert await in_background(priority) > priority()

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from kasa.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_
 
 from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.base import BaseModel
+from kasa_runtime.adapter.upload import MAX_UPLOAD_BYTES
 from kasa_runtime.client import AsyncClient
 from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.errors import AdapterNotFound, VersionConflict
 from kasa_runtime.limits import LimitsConfig
 from kasa_runtime.runtime import Runtime, RuntimeConfig
 from kasa_runtime.types import AdapterState, FinishReason, Mode, SamplingParams
@@ -61,6 +64,10 @@ class Live:
         message = generation_pb2.GenerateRequest(**fields)
         return generation_pb2_grpc.GenerationServiceStub(self.channel).Generate(message)
 
+    def on_adapter(self, method: str, **fields: Any) -> Any:
+        message = getattr(adapters_pb2, f"{method}Request")(**fields)
+        return getattr(adapters_pb2_grpc.AdapterServiceStub(self.channel), method)(message)
+
     def upload(self, messages: Iterator[Any]) -> Any:
         """From a thread: grpc.aio clients lose the status of an upload that is refused early."""
 
@@ -84,10 +91,19 @@ def limits() -> LimitsConfig:
 
 
 @pytest.fixture
-async def live(tiny_chat_model: Path, tmp_path: Path, limits: LimitsConfig) -> AsyncIterator[Live]:
+def read_only() -> bool:
+    return False
+
+
+@pytest.fixture
+async def live(
+    tiny_chat_model: Path, tmp_path: Path, limits: LimitsConfig, read_only: bool
+) -> AsyncIterator[Live]:
     adapters_dir = tmp_path / "adapters"
     write_adapter(adapters_dir / "first", tiny_chat_model, seed=1)
     write_adapter(adapters_dir / "second", tiny_chat_model, seed=2, kasa=False)
+    if read_only:  # whoever runs the tests may write anywhere, but not below a file
+        (adapters_dir / ".kasa").touch()
     native = EngineConfig(threads=1, max_num_seqs=4, max_queue=4, max_slots=4)
     config = RuntimeConfig(
         str(tiny_chat_model), adapters_dir, poll_interval_s=0.05, limits=limits, native=native
@@ -255,7 +271,7 @@ async def test_an_adapter_at_its_limit_says_when_to_retry(live: Live) -> None:
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert details["ErrorInfo"].reason == "LIMIT_EXCEEDED"
         assert details["ErrorInfo"].metadata["adapter"] == name
-        assert 0 < details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() < 80
+        assert 0 < details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() < 103
     await live.generate(**long)
     await live.generate(**long, adapter="first")
 
@@ -302,6 +318,181 @@ async def test_a_path_that_leaves_the_directory_is_refused(
     assert not (live.adapters_dir.parent.parent / "escape.md").exists()
 
 
+# --- refusals while requests run ------------------------------------------------------------------
+
+TAKE_VERSIONS = ("GetAdapter", "LoadAdapter", "UnloadAdapter", "MergeAdapter")
+TAKE_NAMES = ("DeleteAdapter", "RollbackAdapter")
+
+
+@asynccontextmanager
+async def under_load(live: Live) -> AsyncIterator[None]:
+    """Meanwhile the base and both adapters are asked again and again, and answer as before; in the
+    end there are the same adapters as before, and nothing is left of what was refused."""
+    names = ("", "first", "second")
+
+    async def ask(name: str) -> tuple[int, ...]:
+        answer = await live.client.generate("the fox", adapter=name, sampling=GREEDY)
+        return answer.token_ids
+
+    expected = {name: await ask(name) for name in names}
+    before = {info.name: info.version for info in await live.client.list_adapters()}
+    over = asyncio.Event()
+
+    async def keep_asking(name: str) -> None:
+        while True:
+            assert await ask(name) == expected[name]
+            if over.is_set():
+                return
+
+    tasks = [asyncio.create_task(keep_asking(name), name=f"ask {name}") for name in names]
+    try:
+        yield
+    finally:
+        over.set()
+        await asyncio.gather(*tasks)
+    assert {info.name: info.version for info in await live.client.list_adapters()} == before
+    assert not list(live.adapters_dir.glob(".kasa/staging/*"))
+
+
+async def test_names_and_versions_that_are_not_there_or_not_legal(live: Live) -> None:
+    other = {info.name: info.version for info in await live.client.list_adapters()}["second"]
+    of_another = f"first@{other}"
+    unknown = [(method, {"name": "nobody"}) for method in (*TAKE_VERSIONS, *TAKE_NAMES)]
+    unknown += [(method, {"name": of_another}) for method in TAKE_VERSIONS]
+    unknown += [("RollbackAdapter", {"name": "first", "version": other})]
+    async with under_load(live):
+        for method, fields in unknown:
+            code, details = await live.fails(live.on_adapter(method, **fields))
+            assert (method, code) == (method, grpc.StatusCode.NOT_FOUND)
+            name = fields["name"].partition("@")[0]
+            assert details["ResourceInfo"].resource_name == name
+        illegal = [
+            *((m, n) for m in (*TAKE_VERSIONS, *TAKE_NAMES) for n in ("", "UPPER", "../up", "a b")),
+            *((method, of_another) for method in TAKE_NAMES),
+            *((method, "first@LATEST") for method in TAKE_VERSIONS),
+        ]
+        for method, name in illegal:
+            code, details = await live.fails(live.on_adapter(method, name=name))
+            assert (method, name, code) == (method, name, grpc.StatusCode.INVALID_ARGUMENT)
+            assert details["BadRequest"].field_violations[0].field == "name"
+        call = live.on_adapter("RollbackAdapter", name="first", version="LATEST")
+        assert (await live.fails(call))[1]["BadRequest"].field_violations[0].field == "version"
+        code, _ = await live.fails(live.on_adapter("RollbackAdapter", name="first"))
+        assert code is grpc.StatusCode.NOT_FOUND  # it never had another version
+
+
+async def test_what_is_merged_is_neither_deleted_nor_unloaded(live: Live) -> None:
+    async with under_load(live):
+        await live.client.merge_adapter("first")
+        for method in ("DeleteAdapter", "UnloadAdapter"):
+            code, details = await live.fails(live.on_adapter(method, name="first"))
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            assert details["PreconditionFailure"].violations[0].type == "ADAPTER_IN_USE"
+        assert await states_of(live, "first") == {AdapterState.MERGED}
+        await live.client.unmerge_adapter()
+
+
+@pytest.mark.parametrize("read_only", [True])
+async def test_a_directory_that_cannot_be_written_is_served_and_not_changed(
+    live: Live, tiny_chat_model: Path
+) -> None:
+    directory = write_adapter(live.adapters_dir.parent / "new", tiny_chat_model, seed=3)
+    version = (await live.client.get_adapter("first")).version
+    async with under_load(live):
+        for call in (
+            live.upload(messages(directory, "new")),
+            live.on_adapter("DeleteAdapter", name="first"),
+            live.on_adapter("RollbackAdapter", name="first", version=version),
+        ):
+            code, details = await live.fails(call)
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            assert details["ErrorInfo"].reason == "STORE_READ_ONLY"
+
+
+async def test_uploads_that_are_not_what_they_announced(live: Live, tiny_chat_model: Path) -> None:
+    directory = write_adapter(live.adapters_dir.parent / "new", tiny_chat_model, seed=3)
+    sound = list(messages(directory, "new"))
+    config, weights = (
+        next(i for i, m in enumerate(sound) if m.chunk.path == path)
+        for path in (checkpoint.CONFIG_FILE, checkpoint.WEIGHTS_FILE)
+    )
+
+    def changed(index: int, **chunk: Any) -> list[Any]:
+        other = [adapters_pb2.UploadAdapterRequest.FromString(m.SerializeToString()) for m in sound]
+        for field, value in chunk.items():
+            setattr(other[index].chunk, field, value)
+        return other
+
+    data = sound[weights].chunk.data
+    huge = changed(0)
+    huge[0].manifest.files[0].size = MAX_UPLOAD_BYTES + 1
+    refused = [
+        (huge, "INVALID_REQUEST"),
+        (changed(weights, data=data[:-1]), "DIGEST_MISMATCH"),
+        (changed(weights, data=data + b"0"), "DIGEST_MISMATCH"),
+        (changed(weights, data=bytes([data[0] ^ 1]) + data[1:]), "DIGEST_MISMATCH"),
+        (changed(weights, offset=1), "INVALID_REQUEST"),
+        (changed(config, path="other.json"), "INVALID_REQUEST"),
+        ([m for i, m in enumerate(sound) if i != weights], "DIGEST_MISMATCH"),
+        (sound[:1], "DIGEST_MISMATCH"),
+    ]
+    async with under_load(live):
+        for sent, reason in refused:
+            _, details = await live.fails(live.upload(iter(sent)))
+            assert details["ErrorInfo"].reason == reason
+        await _break_off(live, sound[: weights + 1])
+        code, _ = await live.fails(live.on_adapter("GetAdapter", name="new"))
+        assert code is grpc.StatusCode.NOT_FOUND
+        await eventually(lambda: _nothing_staged(live))
+
+
+async def _break_off(live: Live, sent: list[Any]) -> None:
+    """Send some messages of an upload, then vanish."""
+
+    async def begin() -> AsyncIterator[Any]:
+        for message in sent:
+            yield message
+        call.cancel()
+
+    call = adapters_pb2_grpc.AdapterServiceStub(live.channel).UploadAdapter(begin())
+    with pytest.raises((asyncio.CancelledError, grpc.RpcError)):
+        await call
+
+
+async def _nothing_staged(live: Live) -> bool:
+    return not list(live.adapters_dir.glob(".kasa/staging/*"))
+
+
+async def test_an_upload_onto_another_version_than_expected(
+    live: Live, tiny_chat_model: Path
+) -> None:
+    directory = write_adapter(live.adapters_dir.parent / "new", tiny_chat_model, seed=3)
+    async with under_load(live):
+        for expected in ("", "0123456789abcdef"):
+            sent = messages(directory, "first", expected_version=expected)
+            code, details = await live.fails(live.upload(sent))
+            assert code is grpc.StatusCode.ABORTED
+            assert details["ErrorInfo"].reason == "VERSION_CONFLICT"
+
+
+async def test_an_upload_to_a_name_that_is_being_deleted(live: Live, tiny_chat_model: Path) -> None:
+    scratch = live.adapters_dir.parent
+    old = write_adapter(scratch / "old", tiny_chat_model, seed=3)
+    new = write_adapter(scratch / "new", tiny_chat_model, seed=4)
+    async with under_load(live):
+        for _ in range(10):
+            version = (await live.client.upload(old, name="up")).version
+            uploaded, deleted = await asyncio.gather(
+                live.client.upload(new, name="up", expected_version=version),
+                live.client.delete_adapter("up"),
+                return_exceptions=True,
+            )
+            assert deleted is None
+            assert isinstance(uploaded, VersionConflict) or uploaded.name == "up"
+            with pytest.raises(AdapterNotFound):  # the deletion was the last, or the only one
+                await live.client.generate("the fox", adapter="up", sampling=GREEDY)
+
+
 async def test_a_cancelled_stream_frees_its_cache_at_once(live: Live) -> None:
     sampling = SamplingParams(max_tokens=110, ignore_eos=True)
     stream = live.client.stream("the fox", adapter="first", sampling=sampling)
@@ -346,7 +537,12 @@ async def test_probes_and_per_adapter_latency_over_http(live: Live) -> None:
 
 
 def messages(
-    directory: Path, name: str, *, digest: str = "", rename: dict[str, str] | None = None
+    directory: Path,
+    name: str,
+    *,
+    digest: str = "",
+    rename: dict[str, str] | None = None,
+    expected_version: str | None = None,
 ) -> Iterator[Any]:
     """An upload by hand: the manifest, then each file as one chunk. `digest` replaces the true
     ones; `rename` adds files under other paths."""
@@ -359,7 +555,9 @@ def messages(
         )
         for path, data in paths.items()
     ]
-    manifest = adapters_pb2.UploadManifest(name=name, files=files)
+    manifest = adapters_pb2.UploadManifest(
+        name=name, files=files, expected_version=expected_version
+    )
     yield adapters_pb2.UploadAdapterRequest(manifest=manifest)
     for path, data in paths.items():
         chunk = adapters_pb2.UploadChunk(path=path, offset=0, data=data)

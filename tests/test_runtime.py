@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
+import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -13,12 +16,21 @@ from typing import Any
 
 import pytest
 from adapter.making import ALL_LINEAR, write_adapter
-from engine.making import MemoryTails, config, greedy, load_adapted, load_model, until
+from engine.making import (
+    MemoryTails,
+    config,
+    greedy,
+    load_adapted,
+    load_model,
+    require_openvino,
+    until,
+)
 from tiny import save_tiny_chat_model, save_tiny_llama
 
 from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.lora import fold
+from kasa_runtime.adapter.store import AdapterStore
 from kasa_runtime.engine.native.torch_executor import TorchExecutor
 from kasa_runtime.errors import (
     AdapterInUse,
@@ -39,6 +51,7 @@ from kasa_runtime.tokenizer import Tokenizer
 from kasa_runtime.types import (
     AdapterInfo,
     AdapterState,
+    AdapterTier,
     ChatMessage,
     FinishReason,
     GenerationRequest,
@@ -138,23 +151,27 @@ class Recorder(Observer):
 
 @asynccontextmanager
 async def serving(
-    model_dir: Path, adapters_dir: Path, observer: Observer | None = None, **changes: Any
+    model_dir: Path,
+    adapters_dir: Path,
+    observer: Observer | None = None,
+    settings: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> AsyncIterator[Runtime]:
+    """`settings`: of the runtime; `changes`: of its engine."""
     wanted = RuntimeConfig(
         model=str(model_dir),
         adapters_dir=adapters_dir,
-        poll_interval_s=0.02,
         native=config(**changes),
+        **{"poll_interval_s": 0.02, "start_wait_s": 300.0} | (settings or {}),
     )
-    async with asyncio.timeout(30), await Runtime.create(wanted, observer) as runtime:
+    async with asyncio.timeout(300), await Runtime.create(wanted, observer) as runtime:
         yield runtime
 
 
 async def test_what_was_begun_before_is_used(tiny_chat_model: Path, adapters_dir: Path) -> None:
     wanted = RuntimeConfig(str(tiny_chat_model), adapters_dir, native=config())
-    begun = begin(replace(wanted, model="no-such-model"))
     with pytest.raises(ModelError, match="no-such-model"):
-        await Runtime.create(wanted, None, begun)
+        begin(replace(wanted, model="no-such-model"))
     async with await Runtime.create(wanted, None, begin(wanted)) as runtime:
         assert await read(runtime, ask())
 
@@ -323,7 +340,8 @@ async def test_more_adapters_than_slots_take_turns(
         found = await asyncio.gather(
             *(read(runtime, ask(f"{i}", adapter=name)) for i, name in enumerate(names))
         )
-        assert len(runtime.stats().resident_adapters) == 1
+        tiers = runtime.stats().resident_adapters
+    assert sorted(tiers.values()) == ["host", "host", "slot"]
     assert [tokens_of(chunks) for chunks in found] == [want(name) for name in names]
 
 
@@ -562,6 +580,134 @@ async def test_an_adapter_taken_away_is_no_longer_served_but_finishes(
             rest = [chunk async for chunk in chunks]
         assert tokens_of([first, *rest]) == want("alpha", 20)
         assert "alpha" not in runtime.stats().resident_adapters
+
+
+async def test_an_adapter_that_comes_back_to_its_slot_is_not_read_again(
+    tiny_chat_model: Path, adapters_dir: Path, want: Callable[[str], list[int]]
+) -> None:
+    observer = Recorder()
+    async with serving(tiny_chat_model, adapters_dir, observer, max_slots=1) as runtime:
+        for name in ("alpha", "beta", "gamma", "alpha", "beta"):
+            assert tokens_of(await read(runtime, ask(adapter=name))) == want(name)
+        loads = observer.of("adapter_loaded")
+        assert [name for name, stage in loads if stage == "read"] == [*ADAPTERS]
+        assert len([name for name, stage in loads if stage == "slot"]) == 5
+        assert info(runtime, "alpha").tier is AdapterTier.HOST
+        used_bytes = runtime.stats().host_tier_bytes
+        assert (await runtime.unload_adapter("alpha")).tier is AdapterTier.DISK
+        assert 0 < runtime.stats().host_tier_bytes < used_bytes
+
+
+@pytest.mark.parametrize("executor", ["torch", "openvino"])
+async def test_unloading_frees_every_copy_of_the_weights(
+    executor: str, tiny_chat_model: Path, adapters_dir: Path
+) -> None:
+    if executor == "openvino":
+        require_openvino()
+    changes = {"executor": executor, "max_slots": 1}
+    async with serving(tiny_chat_model, adapters_dir, **changes) as runtime:
+        for held_by_others in (False, True):
+            await read(runtime, ask(adapter="alpha"))
+            (resident,) = runtime._manager._residency._resident.values()
+            assert resident.weights is not None
+            weights = weakref.ref(resident.weights)
+            tensors = [weakref.ref(d.a) for d in resident.weights.modules.values()]
+            del resident
+            if held_by_others:  # by the tier beside the slots
+                await read(runtime, ask(adapter="beta"))
+                assert weights() is not None
+            await runtime.unload_adapter("alpha")
+            gc.collect()
+            assert weights() is None and not any(tensor() is not None for tensor in tensors)
+
+
+async def test_a_pinned_adapter_stays_whatever_comes(
+    tiny_chat_model: Path, adapters_dir: Path, want: Callable[[str], list[int]]
+) -> None:
+    observer = Recorder()
+    settings = {"pin": ("alpha",)}
+    async with serving(tiny_chat_model, adapters_dir, observer, settings, max_slots=2) as runtime:
+        names = ["beta", "gamma", "alpha"] * 4
+        found = await asyncio.gather(
+            *(read(runtime, ask(f"{i}", adapter=name)) for i, name in enumerate(names))
+        )
+        assert [tokens_of(chunks) for chunks in found] == [want(name) for name in names]
+        loads = [name for name, stage in observer.of("adapter_loaded") if stage == "slot"]
+        assert loads.count("alpha") == 1
+        assert info(runtime, "alpha").pinned
+        with pytest.raises(CapacityExceeded, match="alpha, beta would have slots for good"):
+            await runtime.load_adapter("beta", pin=True)
+        assert not (await runtime.unload_adapter("alpha")).pinned
+        assert (await runtime.load_adapter("beta", pin=True)).pinned
+
+
+@pytest.mark.parametrize("what", ["merge", "pin"])
+async def test_a_stream_of_requests_does_not_keep_a_slot_from_who_is_to_stay(
+    what: str, tiny_chat_model: Path, adapters_dir: Path, want: Callable[[str], list[int]]
+) -> None:
+    """Requests of two adapters overlap, so that both slots are never idle."""
+    async with serving(tiny_chat_model, adapters_dir, max_slots=2) as runtime:
+        stop = asyncio.Event()
+
+        async def stream(number: int, adapter: str) -> None:
+            count = 0
+            while not stop.is_set():
+                await read(runtime, ask(f"{number}-{count}", adapter=adapter, sampling=LONG))
+                count += 1
+
+        async with asyncio.TaskGroup() as group:
+            for number, adapter in enumerate(("alpha", "gamma") * 2):
+                group.create_task(stream(number, adapter))
+            await until(lambda: runtime.stats().num_requests_running > 1)
+            if what == "merge":
+                changed = await runtime.merge_adapter("beta")
+                assert changed.state is AdapterState.MERGED
+                await runtime.unmerge_adapter()
+            else:
+                assert (await runtime.load_adapter("beta", pin=True)).pinned
+            stop.set()
+        for name in ADAPTERS:
+            assert tokens_of(await read(runtime, ask(adapter=name))) == want(name)
+
+
+async def test_a_hint_in_a_full_engine_waits_for_nobody(
+    tiny_chat_model: Path, adapters_dir: Path, want: Callable[[str, int], list[int]]
+) -> None:
+    async with serving(tiny_chat_model, adapters_dir, max_slots=1) as runtime:
+        async with aclosing(runtime.generate(ask(adapter="alpha", sampling=LONG))) as chunks:
+            await anext(chunks)
+            hinted = await runtime.load_adapter("beta")
+            assert (hinted.state, hinted.tier) == (AdapterState.READY, AdapterTier.HOST)
+            assert info(runtime, "alpha").in_flight == 1
+        assert tokens_of(await read(runtime, ask(adapter="beta"))) == want("beta", 12)
+
+
+async def test_requests_are_served_before_all_adapters_have_been_checked(
+    tiny_chat_model: Path,
+    adapters_dir: Path,
+    want: Callable[[str], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_check, take_in = threading.Semaphore(0), AdapterStore.take_in
+
+    def wait_and_take_in(*arguments: Any) -> Any:
+        may_check.acquire()
+        return take_in(*arguments)
+
+    monkeypatch.setattr(AdapterStore, "take_in", wait_and_take_in)
+    settings = {"start_wait_s": 0.0}
+    async with serving(tiny_chat_model, adapters_dir, None, settings) as runtime:
+        assert runtime.list_adapters() == []
+        assert tokens_of(await read(runtime, ask())) == want("")
+        asked = asyncio.create_task(read(runtime, ask("b", adapter="gamma")))
+        late = ask("late", adapter="beta", deadline_s=time.monotonic() + 0.05)
+        assert (await read(runtime, late))[-1].finish_reason is FinishReason.DEADLINE
+        with pytest.raises(AdapterNotFound):
+            await read(runtime, ask("c", adapter="nobody"))
+        assert not asked.done()
+        may_check.release(3)
+        assert tokens_of(await asked) == want("gamma")
+        await until(lambda: len(runtime.list_adapters()) == 3)
 
 
 # --- merged --------------------------------------------------------------------------------------
@@ -819,8 +965,25 @@ async def test_the_model_describes_itself(tiny_chat_model: Path, adapters_dir: P
     assert len(model.fingerprint) == 64
 
 
-@pytest.mark.parametrize("setting", [{"keep_versions": 0}, {"poll_interval_s": 0.0}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"keep_versions": 0},
+        {"poll_interval_s": 0.0},
+        {"start_wait_s": -1.0},
+        {"host_cache_gib": -0.5},
+        {"host_cache_gib": float("nan")},
+        {"pin": ("Not/a/name",)},
+    ],
+)
 def test_settings_of_the_store_are_checked(setting):
     (name,) = setting
     with pytest.raises(ConfigError, match=f"{name} must be"):
         RuntimeConfig(**setting)
+
+
+def test_more_pins_than_slots_are_refused():
+    native = config(max_slots=2)
+    assert RuntimeConfig(pin=("a", "a"), native=native).pin
+    with pytest.raises(ConfigError, match="pin has 2 names, and of the 2 slots at least one"):
+        RuntimeConfig(pin=("a", "b"), native=native)

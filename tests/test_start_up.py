@@ -49,6 +49,7 @@ def test_second_start_does_not_import_transformers(tiny_chat_model, tmp_path, mo
     first = serve(tiny_chat_model, tmp_path / "adapters")
     second = serve(tiny_chat_model, tmp_path / "adapters")
     assert any(name.startswith("transformers.models.llama.modeling") for name in first["modules"])
-    assert not [name for name in second["modules"] if name.partition(".")[0] == "transformers"]
+    slow = {"transformers", "httpx"}
+    assert not [name for name in second["modules"] if str(name).partition(".")[0] in slow]
     assert second["tokens"] == first["tokens"]
     assert first["tokens"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ class Ours(Peer):
         )
         config = RuntimeConfig(settings["model"], adapters_dir, engine=self.kind, native=native)
         self._runtime = self._loop.run(Runtime.create(config))
+        wait_until_settled()
         self._held = 0
         self._merged = False
         self._num_requests = 0
@@ -56,6 +58,7 @@ class Ours(Peer):
             await self._runtime.load_adapter(adapter_name(i))
         if merged:
             await self._runtime.merge_adapter(adapter_name(0))
+        wait_until_settled()
 
     def run(self, prompts: list[list[int]], adapters: list[str], tokens: int) -> Arrivals:
         return self._loop.run(self._run(prompts, adapters, tokens))
@@ -77,6 +80,13 @@ class Ours(Peer):
 
         await asyncio.gather(*(one(i) for i in range(len(prompts))))
         return arrivals
+
+
+def wait_until_settled() -> None:
+    """For what goes on beside the steps for a second or two after a start and after a merge."""
+    for thread in threading.enumerate():
+        if thread.name in ("kasa-huge-pages", "kasa-release"):
+            thread.join()
 
 
 if __name__ == "__main__":

@@ -37,9 +37,10 @@ from kasa_runtime.adapter.config import (
     parse_meta,
 )
 from kasa_runtime.adapter.kasa import TruncationRule, truncation_count
-from kasa_runtime.adapter.lora import Adapter, ModuleWeights
+from kasa_runtime.adapter.lora import Adapter, ModuleWeights, is_finite
 from kasa_runtime.adapter.saved import check_saved
 from kasa_runtime.adapter.skeleton import LinearShape
+from kasa_runtime.background import give_way
 from kasa_runtime.errors import AdapterInvalid, BaseMismatch
 from kasa_runtime.types import AdapterMethod
 
@@ -181,8 +182,9 @@ def _finite_float32(key: str, tensor: Tensor) -> Tensor:
         raise AdapterInvalid(
             f"{key} has dtype {tensor.dtype}, want one of {[str(d) for d in _DTYPES]}"
         )
+    give_way()
     tensor = tensor.to(torch.float32)
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise AdapterInvalid(
             f"{key} holds NaN or infinite values; the training diverged or the file is damaged"
         )

@@ -10,8 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from kasa_runtime.adapter.checkpoint import FILES
+from kasa_runtime.background import give_way
 
 VERSION_DIGITS = 16
+CHUNK_BYTES = 1 << 18
 
 
 def content_digest(directory: Path) -> str:
@@ -20,11 +22,17 @@ def content_digest(directory: Path) -> str:
     total = hashlib.sha256()
     for file in sorted(FILES):
         if (directory / file).is_file():
-            with (directory / file).open("rb") as stream:
-                total.update(
-                    f"{file}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
-                )
+            total.update(f"{file}:{_sha256(directory / file)}\n".encode())
     return total.hexdigest()[:VERSION_DIGITS]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+            give_way()
+    return digest.hexdigest()
 
 
 def signature(directory: Path) -> str:

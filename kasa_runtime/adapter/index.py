@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kasa_runtime import __version__
-from kasa_runtime.types import AdapterInfo, AdapterMethod, AdapterState
+from kasa_runtime.types import AdapterInfo, AdapterMethod, AdapterState, AdapterTier
 
 logger = logging.getLogger(__name__)
 
@@ -79,5 +79,6 @@ def _entry(raw: dict[str, Any]) -> Entry:
         "state": AdapterState(info["state"]),
         "method": AdapterMethod(info["method"]),
         "target_modules": tuple(info["target_modules"]),
+        "tier": AdapterTier(info["tier"]),
     }
     return Entry(AdapterInfo(**info), **raw)

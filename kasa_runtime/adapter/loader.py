@@ -1,11 +1,12 @@
 """From the files of a version to what users see of it and to what the engine loads.
 
-Blocking throughout: it runs on background threads.
+Blocking, so it runs on background threads.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.content import changed_s, content_digest, signature
 from kasa_runtime.adapter.index import AdapterIndex, Entry
 from kasa_runtime.adapter.lora import Adapter, AdapterWeights, fold
-from kasa_runtime.adapter.store import AdapterStore, StoredVersion
+from kasa_runtime.adapter.store import AdapterStore
 from kasa_runtime.adapter.tails import TailCache
+from kasa_runtime.adapter.versions import StoredVersion, present
+from kasa_runtime.background import finish, in_background
 from kasa_runtime.errors import AdapterError, AdapterInvalid
 from kasa_runtime.types import AdapterInfo, AdapterState
 
@@ -24,11 +27,12 @@ COARSEST_FILE_TIME_S = 2.0
 
 @dataclass(frozen=True)
 class Recorded:
-    """A name of an earlier run. `source`: signature that its directory had when it was taken in, ""
-    if that is not known; None if what it serves did not come from there."""
+    """A name of an earlier run. `found`: None if it has to be read. `source`: signature that its
+    directory had when it was taken in, "" if that is not known; None if what it serves did not come
+    from there."""
 
     name: str
-    found: AdapterInfo | AdapterError
+    found: AdapterInfo | AdapterError | None
     source: str | None = None
 
 
@@ -40,14 +44,20 @@ class AdapterLoader:
         self._tails = tails
         self._index = AdapterIndex(store.state, tails.base.fingerprint)
 
-    def pin(self, info: AdapterInfo) -> AbstractContextManager[None]:
-        """Keep a version on the disk until it has been read."""
-        return self._store.pin(info.name, info.version)
+    @asynccontextmanager
+    async def hold(self, info: AdapterInfo) -> AsyncIterator[None]:
+        """Keep a version on the disk until it has been read. Event loop."""
+        self._store.hold(info.name, info.version)
+        try:
+            yield
+        finally:
+            if self._store.let_go(info.name, info.version):
+                await finish(in_background(self._store.sweep, info.name))
 
     def read(self, key: str, info: AdapterInfo) -> AdapterWeights:
         """The folded weights of a version. Raises AdapterNotFound, AdapterInvalid."""
-        stored = self._store.version(info.name, info.version)
-        with self._store.present(info.name, info.version, stored.directory):
+        stored = self._store.held(info.name, info.version)
+        with present(info.name, info.version, stored.directory):
             if content_digest(stored.directory) != info.version:
                 raise AdapterInvalid(
                     f"{key}: its files changed on disk after they were checked", name=info.name
@@ -67,30 +77,34 @@ class AdapterLoader:
     def inspect(self, stored: StoredVersion) -> AdapterInfo:
         """What users see of a version; from the index if its files are those that were read before.
         Raises AdapterInvalid, BaseMismatch."""
-        try:
-            with self._store.present(stored.name, stored.version, stored.directory):
-                found = signature(stored.directory)
-                entry = self._index.get(stored.name)
-                if entry and (entry.info.version, entry.signature) == (stored.version, found):
-                    return entry.info
-                info = describe(self._servable(stored.directory), stored)
-        except AdapterError as error:
-            error.name = stored.name
-            raise
+        entry, found = self._remembered(stored)
+        if entry and (entry.info.version, entry.signature) == (stored.version, found):
+            return entry.info
+        info = self._describe(stored)
         self._index.put(Entry(info, found, entry.source if entry else ""))
         return info
 
+    def inspect_version(self, name: str, version: str) -> AdapterInfo:
+        """`inspect` for one that need not be current. Raises AdapterNotFound too."""
+        stored = self._store.version(name, version)
+        if stored.version == self._store.current_version(name):
+            return self.inspect(stored)
+        return self._describe(stored)  # the index has one version of a name
+
     def recorded(self, name: str) -> Recorded:
-        """What an earlier run published; checked again if the base or a file is another one now."""
+        """What an earlier run published, if neither the base nor a file has changed since."""
         source = None
         try:
             if self._store.is_taken_from_directory(name):
                 source = ""
-            info = self.inspect(self._store.current(name))
+            stored = self._store.current(name)
+            entry, found = self._remembered(stored)
         except AdapterError as error:
             return Recorded(name, error, source)
-        entry = self._index.get(name)
-        return Recorded(name, info, (entry.source if entry else "") or source)
+        if entry is None:
+            return Recorded(name, None, source)
+        is_known = (entry.info.version, entry.signature) == (stored.version, found)
+        return Recorded(name, entry.info if is_known else None, entry.source or source)
 
     def remember_source(self, name: str, source: str, began_s: float) -> None:
         """Spare the next start from reading `adapters/<name>/`: a look that began at `began_s`, in
@@ -107,6 +121,19 @@ class AdapterLoader:
     def forget(self, name: str) -> None:
         """Drop what is remembered of a name."""
         self._index.drop(name)
+
+    def _remembered(self, stored: StoredVersion) -> tuple[Entry | None, str]:
+        """What the index has of the name, and the signature of the version's files."""
+        with present(stored.name, stored.version, stored.directory):
+            return self._index.get(stored.name), signature(stored.directory)
+
+    def _describe(self, stored: StoredVersion) -> AdapterInfo:
+        try:
+            with present(stored.name, stored.version, stored.directory):
+                return describe(self._servable(stored.directory), stored)
+        except AdapterError as error:
+            error.name = stored.name
+            raise
 
     def _servable(self, directory: Path) -> Adapter:
         return checkpoint.read(directory, self._tails.base, to_serve=True)

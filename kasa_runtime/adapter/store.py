@@ -12,75 +12,34 @@ the disk, and a power cut does not undo it.
 
 Any number of processes may use one directory, if its file system knows flock: each change is made
 whole, one after the other, and readers need no lock. A process learns of the changes of others by
-looking (`records`). Retention removes old versions without asking other processes; in this one,
-`pin` keeps a version.
+looking (`records`). Retention and deletion remove versions without asking other processes; in this
+one, `hold` keeps a version.
 
 On a directory that cannot be written the store serves what it finds in place.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import re
 import shutil
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 from kasa_runtime.adapter.checkpoint import FILES, REQUIRED_FILES
 from kasa_runtime.adapter.content import content_digest, file_being_written, signature
+from kasa_runtime.adapter.names import check_name, is_name, listed
+from kasa_runtime.adapter.records import NameRecord, NameRecords
 from kasa_runtime.adapter.staging import Staging, sync
+from kasa_runtime.adapter.versions import StoredVersion, Versions, describe
 from kasa_runtime.errors import (
-    AdapterError,
     AdapterInvalid,
     AdapterNotFound,
-    InvalidRequest,
     StoreReadOnly,
     VersionConflict,
 )
 
 logger = logging.getLogger(__name__)
-
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-
-
-def is_name(name: str) -> bool:
-    return NAME.fullmatch(name) is not None and ".." not in name
-
-
-def check_name(name: str, field: str = "name") -> str:
-    """`name` if it is a legal adapter name; raises InvalidRequest naming `field`."""
-    if not is_name(name):
-        raise InvalidRequest(
-            field, f"want a name like [a-z0-9][a-z0-9._-]{{0,62}} without '..', got {name!r}"
-        )
-    return name
-
-
-@dataclass(frozen=True)
-class NameRecord:
-    """`names/<name>.json`. `versions`: oldest first. `seen`: content digest of `<name>/` when it
-    was last taken in."""
-
-    current: str
-    versions: tuple[str, ...]
-    seen: str = ""
-
-
-@dataclass(frozen=True)
-class StoredVersion:
-    """One immutable version on disk."""
-
-    name: str
-    version: str
-    directory: Path
-    size_bytes: int
-    create_time: float
 
 
 class AdapterStore:
@@ -92,7 +51,8 @@ class AdapterStore:
         self.keep_versions = keep_versions
         self.state = root / ".kasa"
         self._staging = Staging(self.state)
-        self._pins: Counter[tuple[str, str]] = Counter()
+        self._records = NameRecords(self.state / "names", self._staging)
+        self._versions = Versions(self.state / "versions", self._staging)
         self._in_place: dict[str, StoredVersion] = {}  # of a read-only directory
         self.writable = self._prepare()
 
@@ -102,12 +62,12 @@ class AdapterStore:
 
     def current(self, name: str) -> StoredVersion:
         """Raises AdapterNotFound, AdapterInvalid."""
-        record = self._record(name)
+        record = self._records.get(name)
         while record is not None:
             try:
-                return self._stored(name, record.current)
+                return self._versions.get(name, record.current)
             except AdapterNotFound:
-                before, record = record, self._record(name)
+                before, record = record, self._records.get(name)
                 if record == before:
                     raise
         if name in self._in_place:
@@ -116,12 +76,12 @@ class AdapterStore:
 
     def current_version(self, name: str) -> str:
         """The digest of `current`, "" if there is none. Raises AdapterInvalid."""
-        record = self._record(name)
+        record = self._records.get(name)
         return record.current if record else ""
 
     def version(self, name: str, version: str) -> StoredVersion:
         """A version by its digest or an unambiguous beginning of it. Raises AdapterNotFound."""
-        record = self._record(name)
+        record = self._records.get(name)
         versions = record.versions if record else ()
         if name in self._in_place:
             versions = (*versions, self._in_place[name].version)
@@ -134,11 +94,19 @@ class AdapterStore:
             )
         if name in self._in_place and self._in_place[name].version == matches[0]:
             return self._in_place[name]
-        return self._stored(name, matches[0])
+        return self._versions.get(name, matches[0])
+
+    def held(self, name: str, version: str) -> StoredVersion:
+        """A version by its whole digest, also one that is only kept for who holds it. Raises
+        AdapterNotFound."""
+        in_place = self._in_place.get(name)
+        if in_place is not None and in_place.version == version:
+            return in_place
+        return self._versions.get(name, version)
 
     def versions(self, name: str) -> tuple[str, ...]:
         """Oldest first."""
-        record = self._record(name)
+        record = self._records.get(name)
         return record.versions if record else ()
 
     def scan(self) -> dict[str, str]:
@@ -152,13 +120,7 @@ class AdapterStore:
 
     def records(self) -> dict[str, str]:
         """All names that are recorded, each with a signature that changes when its record does."""
-        found = {}
-        with suppress(FileNotFoundError, NotADirectoryError):
-            for path in (self.state / "names").glob("*.json"):
-                with suppress(FileNotFoundError):
-                    stat = path.stat()
-                    found[path.stem] = f"{stat.st_ino}:{stat.st_mtime_ns}"
-        return found
+        return self._records.signatures()
 
     def take_in(self, name: str, verify: Callable[[Path], None]) -> StoredVersion | None:
         """Make what lies in `<name>/` the current version; None if that was done before.
@@ -173,7 +135,7 @@ class AdapterStore:
         digest = content_digest(source)
         if not self.writable:
             return self._take_in_place(name, digest, verify)
-        record = self._record(name)
+        record = self._records.get(name)
         if record is not None and record.seen == digest:
             return None
         with self.staging() as staged:
@@ -187,7 +149,7 @@ class AdapterStore:
 
     def is_taken_from_directory(self, name: str) -> bool:
         """Whether what it serves is what lay in its directory, not an upload or a rollback."""
-        record = self._record(name)
+        record = self._records.get(name)
         return record is not None and record.current == record.seen
 
     def forget_if_taken_from(self, name: str) -> bool:
@@ -195,11 +157,11 @@ class AdapterStore:
         dropped."""
         self._in_place.pop(name, None)
         if not self.writable:
-            return self._record(name) is None
+            return self._records.get(name) is None
         with self._staging.exclusive():
             if self.is_taken_from_directory(name):
                 self._remove(name)
-            return self._record(name) is None
+            return self._records.get(name) is None
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
@@ -209,15 +171,19 @@ class AdapterStore:
         with self._staging.files() as files:
             yield files
 
-    @contextmanager
-    def pin(self, name: str, version: str) -> Iterator[None]:
-        """Keep a version on the disk, whatever this process publishes meanwhile. Deleting its name
-        removes it all the same."""
-        self._pins[name, version] += 1
-        try:
-            yield
-        finally:
-            self._pins[name, version] -= 1
+    def hold(self, name: str, version: str) -> None:
+        """Keep a version on the disk until it is let go, whatever this process publishes or
+        deletes meanwhile. Does not block."""
+        self._versions.hold(name, version)
+
+    def let_go(self, name: str, version: str) -> bool:
+        """Whether nothing else kept it, so that there is something to `sweep`. Does not block."""
+        return self._versions.let_go(name, version)
+
+    def sweep(self, name: str) -> None:
+        """Remove versions of a name that neither its record nor anybody keeps."""
+        with self._staging.exclusive():
+            self._sweep(name)
 
     def publish(
         self, name: str, staged: Path, *, seen: str | None = None, expected: str | None = None
@@ -232,27 +198,26 @@ class AdapterStore:
             sync(file)
         sync(staged)
         with self._staging.exclusive():
-            record = self._record(name)
+            record = self._records.get(name)
             check_expected(name, record.current if record else "", expected)
             if record is not None and seen is not None and record.seen == seen:
-                return self._stored(name, record.current)
-            self._enter(staged, self._version_dir(name, version), version)
+                return self._versions.get(name, record.current)
+            self._versions.enter(staged, name, version)
             record = record or NameRecord(version, ())
             seen = record.seen if seen is None else seen
-            versions = self._ordered(record, version)
-            kept = self._retained(name, versions)
-            self._write_record(name, NameRecord(version, kept, seen))
-            self._remove_versions(name, keep=kept)
-        return self._stored(name, version)
+            kept = self._retained(name, record.with_version(version))
+            self._records.put(name, NameRecord(version, kept, seen))
+            self._versions.keep_only(name, kept)
+        return self._versions.get(name, version)
 
     def set_current(self, name: str, version: str) -> StoredVersion:
         """Point `name` at an older version. Raises AdapterNotFound, StoreReadOnly."""
         self._require_writable()
         with self._staging.exclusive():
             stored = self.version(name, version)
-            record = self._record(name)
+            record = self._records.get(name)
             assert record is not None
-            self._write_record(name, NameRecord(stored.version, record.versions, record.seen))
+            self._records.put(name, NameRecord(stored.version, record.versions, record.seen))
         return stored
 
     def delete(self, name: str) -> None:
@@ -260,7 +225,7 @@ class AdapterStore:
         AdapterNotFound."""
         self._require_writable()
         with self._staging.exclusive():
-            if not self._record_path(name).exists() and not (self.root / name).is_dir():
+            if name not in self._records and not (self.root / name).is_dir():
                 raise AdapterNotFound(self._missing(name), name=name)
             self._remove(name)
 
@@ -280,62 +245,33 @@ class AdapterStore:
                 probe = self._staging.directory / ".probe"
                 probe.touch()
                 probe.unlink()
-                self._sweep_versions()
+                for name in self._versions.names():  # of a crash between two steps of a change
+                    self._sweep(name)
         except (OSError, NotImplementedError) as error:
             logger.warning("%s cannot be written (%s): serving it read-only", self.root, error)
             return False
         return True
 
-    def _sweep_versions(self) -> None:
-        """Remove versions that no record knows: of a crash between two steps of a change."""
-        for folder in (self.state / "versions").iterdir():
-            try:
-                record = self._record(folder.name)
-            except AdapterInvalid:
-                continue  # somebody may repair it
-            if record is None:
-                self._staging.discard(folder)
-            else:
-                self._remove_versions(folder.name, keep=record.versions)
-
-    def _remove_versions(self, name: str, *, keep: tuple[str, ...]) -> None:
-        folder = self.state / "versions" / name
-        if old := [path for path in folder.iterdir() if path.name not in keep]:
-            self._staging.discard(*old)
-
-    def _enter(self, staged: Path, target: Path, version: str) -> None:
-        if not target.parent.exists():
-            target.parent.mkdir()
-            sync(target.parent.parent)
-        if target.exists() and content_digest(target) != version:
-            self._staging.discard(target)  # damaged
-        if not target.exists():
-            staged.rename(target)
-            sync(target.parent)
-
-    @staticmethod
-    def _ordered(record: NameRecord, version: str) -> tuple[str, ...]:
-        """All versions with a new one. What is replaced comes last before the new one, also after a
-        rollback: it is kept longest and is the one to roll back to."""
-        replaced = [record.current] if record.current in record.versions else []
-        others = [v for v in record.versions if v not in (version, *replaced)]
-        return tuple(dict.fromkeys([*others, *replaced, version]))
+    def _sweep(self, name: str) -> None:
+        try:
+            record = self._records.get(name)
+        except AdapterInvalid:
+            return  # somebody may repair it
+        self._versions.keep_only(name, record.versions if record else ())
 
     def _retained(self, name: str, versions: tuple[str, ...]) -> tuple[str, ...]:
         last = versions[-self.keep_versions :]
-        return tuple(v for v in versions if v in last or self._pins[name, v] > 0)
+        return tuple(v for v in versions if v in last or self._versions.is_held(name, v))
 
     def _remove(self, name: str) -> None:
         """Its directory first: a record without it is dropped at the next start, a directory
         without a record would be taken in."""
-        source, versions = self.root / name, self.state / "versions" / name
+        source = self.root / name
         if source.is_dir():
             self._staging.discard(source)
             sync(self.root)
-        self._record_path(name).unlink(missing_ok=True)
-        sync(self._record_path(name).parent)
-        if versions.is_dir():
-            self._staging.discard(versions)
+        self._records.remove(name)
+        self._versions.keep_only(name, ())
 
     def _take_in_place(
         self, name: str, digest: str, verify: Callable[[Path], None]
@@ -344,7 +280,7 @@ class AdapterStore:
         if known is not None and known.version == digest:
             return None
         verify(self.root / name)
-        self._in_place[name] = _describe(name, digest, self.root / name)
+        self._in_place[name] = describe(name, digest, self.root / name)
         return self._in_place[name]
 
     def _require_writable(self) -> None:
@@ -354,53 +290,7 @@ class AdapterStore:
             )
 
     def _missing(self, name: str) -> str:
-        return f"no adapter {name!r}; there are {self.names() or 'none'}"
-
-    def _version_dir(self, name: str, version: str) -> Path:
-        return self.state / "versions" / name / version
-
-    def _stored(self, name: str, version: str) -> StoredVersion:
-        directory = self._version_dir(name, version)
-        with self.present(name, version, directory):
-            return _describe(name, version, directory)
-
-    @contextmanager
-    def present(self, name: str, version: str, directory: Path) -> Iterator[None]:
-        """Raises AdapterNotFound if a version is removed, as by retention, while it is read."""
-        gone = f"{name}@{version} is not on disk any more"
-        try:
-            if not directory.is_dir():
-                raise AdapterNotFound(gone, name=name)
-            yield
-        except (OSError, AdapterError) as error:
-            if directory.is_dir():
-                raise
-            raise AdapterNotFound(gone, name=name) from error
-
-    def _record_path(self, name: str) -> Path:
-        return self.state / "names" / f"{name}.json"
-
-    def _record(self, name: str) -> NameRecord | None:
-        path = self._record_path(name)
-        try:
-            raw = json.loads(path.read_text())
-            return NameRecord(raw["current"], tuple(raw["versions"]), raw["seen"])
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise AdapterInvalid(
-                f"{path} is damaged ({error!r}); delete {name} and upload it again", name=name
-            ) from error
-
-    def _write_record(self, name: str, record: NameRecord) -> None:
-        path = self._record_path(name)
-        staged = self._staging.directory / path.name
-        with staged.open("w") as stream:
-            json.dump(asdict(record), stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        staged.replace(path)
-        sync(path.parent)
+        return f"no adapter {name!r}; there are {listed(self.names())}"
 
 
 def check_expected(name: str, found: str, expected: str | None) -> None:
@@ -412,10 +302,3 @@ def check_expected(name: str, found: str, expected: str | None) -> None:
             "look at it and upload again",
             name=name,
         )
-
-
-def _describe(name: str, version: str, directory: Path) -> StoredVersion:
-    files = [directory / file for file in FILES if (directory / file).is_file()]
-    size_bytes = sum(f.stat().st_size for f in files)
-    created = max((f.stat().st_mtime for f in files), default=time.time())
-    return StoredVersion(name, version, directory, size_bytes, created)

@@ -39,8 +39,8 @@ class TailCache:
     def __init__(self, base: BaseModel) -> None:
         self.base = base
         self.directory = kasa_home() / "tails" / base.tails_key
-        self._memory: dict[str, Tail] = {}
-        self._warned: set[tuple[str, int]] = set()
+        self._memory: dict[str, Tail] = {}  # the largest that was needed
+        self._cuts: dict[tuple[str, int], Tail] = {}  # what was asked for, views of those
 
     @classmethod
     def for_model(cls, model_dir: Path) -> TailCache:
@@ -58,6 +58,12 @@ class TailCache:
     def get(self, module: str, t: int) -> Tail:
         """The tail of rank `t` of a layer; computed and stored if need be. Raises ValueError if t
         >= min(out, in)."""
+        cut = self._cuts.get((module, t))
+        if cut is None:
+            cut = self._cuts[module, t] = self._cut(module, t)
+        return cut
+
+    def _cut(self, module: str, t: int) -> Tail:
         if t == 0:  # a plain LoRA's layer: no weight is read, nothing decomposed
             out_features, in_features = self.modules()[module]
             nothing = torch.zeros(0, dtype=torch.float64)
@@ -69,8 +75,7 @@ class TailCache:
             tail = self._compute(module, t)
         self._memory[module] = tail
         wanted = tail.last(t)
-        if wanted.gap < UNSTABLE_GAP and (module, t) not in self._warned:
-            self._warned.add((module, t))
+        if wanted.gap < UNSTABLE_GAP:
             logger.warning(
                 "%s: the singular values on both sides of truncation rank %d are nearly equal "
                 "(relative gap %.1e), so this tail may differ on another machine",

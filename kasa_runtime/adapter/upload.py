@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from kasa_runtime.adapter.checkpoint import FILES, REQUIRED_FILES
-from kasa_runtime.adapter.store import check_name
+from kasa_runtime.adapter.names import check_name
 from kasa_runtime.background import in_background
 from kasa_runtime.errors import DigestMismatch, InvalidRequest
 from kasa_runtime.types import AdapterInfo, ManifestFile, UploadManifest

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from kasa_runtime.adapter.intake import Change, Intake
 from kasa_runtime.adapter.notifications import Notifications, is_remote
 from kasa_runtime.adapter.store import AdapterStore
 from kasa_runtime.background import in_background
@@ -23,7 +24,8 @@ class DirectoryWatcher:
 
     `take_in` gets name and signature of a directory that is new or changed, and returns whether to
     leave it alone until it changes again; `forget` gets the name of one that is gone; `follow` gets
-    a name whose record was changed, by this process or another."""
+    a name whose record was changed, by this process or another. They are called beside all else,
+    one name after another; `caught_up` when none is left."""
 
     def __init__(
         self,
@@ -31,6 +33,7 @@ class DirectoryWatcher:
         take_in: Callable[[str, str], Awaitable[bool]],
         forget: Callable[[str], Awaitable[None]],
         follow: Callable[[str], Awaitable[None]],
+        caught_up: Callable[[], None] = lambda: None,
         *,
         poll_interval_s: float,
         force_polling: bool,
@@ -43,18 +46,19 @@ class DirectoryWatcher:
         self._records: dict[str, str] = {}  # of names already followed
         self._signatures: dict[str, str] = {}  # of directories already looked at
         self._settling: dict[str, str] = {}  # seen once, maybe still being written
-        self._is_settled = True  # nothing has to be looked at a second time
+        self._has_looked = False  # to the end
+        self._intake = Intake(self._look_at, caught_up)
         self._is_remote = is_remote(store.root.resolve())
         self._notifications = Notifications(store.root)
         self._force_polling = force_polling
 
     async def first_look(self) -> None:
-        """What is there, at once; but on a network mount, where nobody can tell whether another
-        machine is still writing, only what a second look finds unchanged."""
-        await self.rescan(settled=not self._is_remote)
+        """Notice what is there, at once; but on a network mount, where nobody can tell whether
+        another machine is still writing, only what a second look finds unchanged."""
+        await self._look(settled=not self._is_remote)
         if not self._is_settled and self._is_remote:
             await asyncio.sleep(self._poll_interval_s)
-            await self.rescan()
+            await self._look()
 
     def start(self) -> None:
         if not self._force_polling and not self._is_remote:
@@ -66,15 +70,38 @@ class DirectoryWatcher:
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
+        await self._intake.close()
+
+    @property
+    def num_pending(self) -> int:
+        """Names that were noticed and not looked at yet."""
+        return self._intake.num_pending
+
+    async def arrival(self, name: str) -> None:
+        """If something was noticed of a name, look at it next, and return when that is done."""
+        await self._intake.wait_for(name)
+
+    async def all_arrived(self) -> None:
+        """Return when all has been looked at that was noticed."""
+        await self._intake.wait_for_all()
+
+    def check(self, name: str) -> None:
+        """What is recorded of a name has to be looked at."""
+        self._intake.add(name, Change(record=True))
 
     def expect(self, name: str, signature: str) -> None:
         """Its directory was there once, in the state of `signature` ("" if that is not known): it
         is looked at if it is in another, and missed if it is gone by now."""
         self._signatures[name] = signature
 
+    def expect_record(self, name: str) -> None:
+        """It is recorded by now: it is missed if it is not at the next look."""
+        self._records.setdefault(name, "")
+
     def drop(self, name: str) -> None:
         """What is in its directory, if anything, is new."""
         self._signatures.pop(name, None)
+        self._intake.drop(name)
 
     async def recorded_names(self) -> list[str]:
         """All names that are recorded. From now on it is told which of them changed."""
@@ -82,36 +109,51 @@ class DirectoryWatcher:
         return sorted(self._records)
 
     async def rescan(self, *, settled: bool = False) -> None:
-        """Look at the directory once. A change counts when two scans in a row see it, or at once if
-        `settled`."""
-        self._is_settled = False
-        await self._rescan_records()
+        """Look at the directory once, and at all that it shows. A change counts when two scans in
+        a row see it, or at once if `settled`."""
+        await self._look(settled=settled)
+        await self.all_arrived()
+
+    async def _look(self, *, settled: bool = False) -> None:
+        self._has_looked = False
+        await self._notice_records()
         found = await in_background(self._store.scan)
         for name, signature in found.items():
-            if self._signatures.get(name) == signature:
+            if self._signatures.get(name) == signature or self._intake.has(name, signature):
                 continue
             if settled or self._settling.get(name) == signature:
-                # Not looked at again until it changes, unless it changed while it was read.
-                self._signatures[name] = signature if await self._take_in(name, signature) else ""
+                self._intake.add(name, Change(signature=signature))
         gone = self._signatures.keys() - found.keys()
         for name in gone:
             if settled or self._settling.get(name) == "gone":
-                self.drop(name)
+                self._signatures.pop(name, None)
                 await self._forget(name)
         self._settling = found | dict.fromkeys(gone, "gone")
-        self._is_settled = self._signatures == found
+        self._has_looked = True
 
-    async def _rescan_records(self) -> None:
+    @property
+    def _is_settled(self) -> bool:
+        """Whether nothing has to be looked at a second time."""
+        return self._has_looked and self._signatures == self._settling
+
+    async def _notice_records(self) -> None:
         before, self._records = self._records, await in_background(self._store.records)
         names = before.keys() | self._records.keys()
         for name in sorted(n for n in names if before.get(n) != self._records.get(n)):
+            self._intake.add(name, Change(record=True))
+
+    async def _look_at(self, name: str, change: Change) -> None:
+        if change.record:
             await self._follow(name)
+        if signature := change.signature:
+            # Not looked at again until it changes, unless it changed while it was read.
+            self._signatures[name] = signature if await self._take_in(name, signature) else ""
 
     async def _watch(self) -> None:
         while True:
             await self._next_look()
             try:
-                await self.rescan()
+                await self._look()
             except OSError as error:
                 logger.warning("cannot look at %s: %s", self._store.root, error)
             except Exception:  # the edge of a task: it has to outlive what nobody foresaw

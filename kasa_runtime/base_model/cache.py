@@ -8,6 +8,7 @@ build sweeps away.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -112,3 +113,9 @@ def _sync(directory: Path) -> None:
 
 def _beside(final: Path, kind: str) -> Path:
     return final.parent / f".{final.name}.{kind}"
+
+
+def file_sha256(path: Path) -> str:
+    """The hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

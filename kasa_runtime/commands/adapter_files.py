@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from kasa_runtime.commands.completion import model_names
+from kasa_runtime.commands.output import json_option, print_json
 
 if TYPE_CHECKING:
     from kasa_runtime.adapter.base import BaseModel
@@ -14,25 +17,46 @@ directory_argument = click.argument(
     "directory", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
 model_option = click.option(
-    "--model", default="smollm2-135m", show_default=True, help="the base model it was trained on"
+    "--model",
+    default="smollm2-135m",
+    show_default=True,
+    shell_complete=model_names,
+    help="the base model it was trained on",
 )
 
 
 @click.command()
 @directory_argument
 @model_option
-def verify(directory: Path, model: str) -> None:
+@json_option
+def verify(directory: Path, model: str, as_json: bool) -> None:
     """Check that DIRECTORY holds an adapter that can be applied exactly to the base model."""
     from kasa_runtime.adapter import checkpoint
 
     adapter = checkpoint.read(directory, _base(directory, model))
-    meta, names = adapter.meta, sorted({name.rpartition(".")[0] for name in adapter.saved})
-    whole = "".join(f", {name} trained whole" for name in names)
-    click.echo(
-        f"{directory}: a {adapter.method} adapter of rank {adapter.config.r} on "
-        f"{len(adapter.modules)} layers{whole}, truncation {meta.truncation_rule} of rank "
-        f"{max(adapter.truncation.values(), default=0)}, base "
-        f"{'checked' if meta.base_fingerprint else 'not recorded, only shapes checked'}"
+    facts = {
+        "directory": str(directory),
+        "method": adapter.method,
+        "rank": adapter.config.r,
+        "num_layers": len(adapter.modules),
+        "saved_modules": sorted({name.rpartition(".")[0] for name in adapter.saved}),
+        "truncation_rule": adapter.meta.truncation_rule,
+        "truncation_rank": max(adapter.truncation.values(), default=0),
+        "base_fingerprint": adapter.meta.base_fingerprint,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(_sentence(facts))
+
+
+def _sentence(facts: dict[str, Any]) -> str:
+    whole = "".join(f", {name} trained whole" for name in facts["saved_modules"])
+    base = "checked" if facts["base_fingerprint"] else "not recorded, only shapes checked"
+    return (
+        f"{facts['directory']}: a {facts['method']} adapter of rank {facts['rank']} on "
+        f"{facts['num_layers']} layers{whole}, truncation {facts['truncation_rule']} of rank "
+        f"{facts['truncation_rank']}, base {base}"
     )
 
 
@@ -48,7 +72,10 @@ def verify(directory: Path, model: str) -> None:
     help="of the LoRA's tensors; a merged model keeps the base's",
 )
 @model_option
-def export(directory: Path, target: Path, form: str, dtype: str, model: str) -> None:
+@json_option
+def export(
+    directory: Path, target: Path, *, form: str, dtype: str, model: str, as_json: bool
+) -> None:
     """Write the adapter in DIRECTORY to TARGET in a form that other engines serve exactly.
 
     lora: a plain LoRA of rank r + t on the untouched base. merged: the whole model. A classifier's
@@ -66,7 +93,10 @@ def export(directory: Path, target: Path, form: str, dtype: str, model: str) -> 
         export_lora(directory, target, tails, getattr(torch, dtype))
     else:
         export_merged(directory, target, tails)
-    click.echo(str(target))
+    if as_json:
+        print_json({"directory": str(target), "format": form})
+    else:
+        click.echo(str(target))
 
 
 def _base(directory: Path, model: str) -> BaseModel:

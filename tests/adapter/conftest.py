@@ -1,13 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
-from adapter.making import ALL_LINEAR, PeftAdapter, make_with_peft
+from adapter.bench import Bench
+from adapter.making import ALL_LINEAR, PeftAdapter, make_with_peft, write_adapter
 from kasa_runtime.adapter.base import BaseModel
+from kasa_runtime.adapter.content import content_digest
 from kasa_runtime.adapter.tails import TailCache
 
 settings.register_profile("shared machine", deadline=None, max_examples=40, derandomize=True)
@@ -34,6 +39,39 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty KASA_HOME of the test's own."""
     monkeypatch.setenv("KASA_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def put(base, root: Path) -> Callable[..., str]:
+    """Put an adapter into the directory, as people do; its version. `seed` changes its content."""
+
+    def put(name: str, seed: int = 0, **options: object) -> str:
+        return content_digest(write_adapter(root / name, base, seed=seed, **options))
+
+    return put
+
+
+@pytest.fixture
+def start(root: Path, tails) -> Callable[..., object]:
+    """`async with start(max_slots=2) as bench`: a manager that has taken in the directory."""
+
+    @asynccontextmanager
+    async def start(max_slots: int = 2, **options: Any) -> AsyncIterator[Bench]:
+        bench = Bench(root, tails, max_slots, **options)
+        async with asyncio.timeout(300):
+            await bench.manager.start(bench.start_wait_s)
+            try:
+                yield bench
+            finally:
+                await bench.manager.close()
+        assert bench.host.loaded.keys() == bench.manager._residency._resident.keys()
+
+    return start
 
 
 PEFT_OPTIONS = {

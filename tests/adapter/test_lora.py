@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from adapter.making import ALL_LINEAR, LAYER, make_adapter
 from kasa_runtime.adapter.config import AdapterConfig, AdapterMeta
 from kasa_runtime.adapter.kasa import TruncationRule, compute_tail, merged_weight
-from kasa_runtime.adapter.lora import Adapter, AdapterWeights, ModuleWeights, fold, plain_lora
+from kasa_runtime.adapter.lora import (
+    Adapter,
+    AdapterWeights,
+    ModuleWeights,
+    fold,
+    is_finite,
+    plain_lora,
+)
 from kasa_runtime.errors import AdapterInvalid
 
 
@@ -170,3 +177,12 @@ class TestAdapterWeights:
     def test_without_layers_has_no_rank(self):
         empty = AdapterWeights("x@1", {})
         assert (empty.max_rank, empty.max_tail, empty.size_bytes) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_that_is_not_finite_is_found(value: float) -> None:
+    x = torch.full((5, 7), 3e38)
+    assert is_finite(x)
+    x[3, 2] = value
+    assert not is_finite(x)
+    assert is_finite(x[:0])

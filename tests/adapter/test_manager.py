@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 import shutil
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from adapter.fake_host import FakeHost, Recorder
+from adapter.bench import Bench, Holder, blocked, until
 from adapter.making import LAYER, edit_json, edit_tensors, make_adapter, write_adapter
 from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.checkpoint import CONFIG_FILE, META_FILE, WEIGHTS_FILE
-from kasa_runtime.adapter.manager import AdapterManager
-from kasa_runtime.adapter.store import AdapterStore, content_digest
+from kasa_runtime.adapter.content import content_digest
+from kasa_runtime.adapter.store import AdapterStore
 from kasa_runtime.errors import (
     AdapterInUse,
     AdapterInvalid,
@@ -34,122 +33,11 @@ from kasa_runtime.errors import (
     VersionConflict,
 )
 from kasa_runtime.types import (
-    AdapterInfo,
     AdapterMethod,
     AdapterState,
     ManifestFile,
     UploadManifest,
 )
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "adapters"
-
-
-@pytest.fixture
-def put(base, root: Path) -> Callable[..., str]:
-    """Put an adapter into the directory, as people do; its version. `seed` changes its content."""
-
-    def put(name: str, seed: int = 0, **options: object) -> str:
-        return content_digest(write_adapter(root / name, base, seed=seed, **options))
-
-    return put
-
-
-class Bench:
-    """A manager with what is around it."""
-
-    def __init__(self, root: Path, tails, max_slots: int, *, force_polling: bool = False) -> None:
-        self.host = FakeHost(max_slots)
-        self.seen = Recorder()
-        self.store = AdapterStore(root, keep_versions=3)
-        self.manager = AdapterManager(
-            self.store,
-            tails,
-            self.host,
-            max_slots=max_slots,
-            observer=self.seen,
-            poll_interval_s=3600,
-            force_polling=force_polling,
-        )
-
-    def states(self) -> dict[str, AdapterState]:
-        return {f"{i.name}@{i.version}": i.state for i in self.manager.list()}
-
-    async def upload(self, directory: Path, name: str, expected: str | None = None) -> AdapterInfo:
-        files = {path.name: path.read_bytes() for path in directory.iterdir()}
-        manifest = UploadManifest(
-            name,
-            tuple(
-                ManifestFile(path, len(data), hashlib.sha256(data).hexdigest())
-                for path, data in files.items()
-            ),
-            expected,
-        )
-        async with self.manager.upload(manifest) as upload:
-            for path, data in files.items():
-                await upload.write(path, 0, data)
-            return await upload.commit()
-
-
-@pytest.fixture
-def start(root: Path, tails) -> Callable[..., object]:
-    """`async with start(max_slots=2) as bench`: a manager that has taken in the directory."""
-
-    @asynccontextmanager
-    async def start(max_slots: int = 2) -> AsyncIterator[Bench]:
-        bench = Bench(root, tails, max_slots)
-        async with asyncio.timeout(30):
-            await bench.manager.start()
-            try:
-                yield bench
-            finally:
-                await bench.manager.close()
-        assert bench.host.loaded.keys() == bench.manager._residency._resident.keys()
-
-    return start
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-async def blocked(task: asyncio.Task[object]) -> bool:
-    """Whether a task does not end though everything else has had its turn."""
-    await asyncio.sleep(0.05)
-    return not task.done()
-
-
-class Holder:
-    """A request that holds a lease until it is told to let go."""
-
-    def __init__(self, manager: AdapterManager, spec: str) -> None:
-        self.key = ""
-        self.let_go = asyncio.Event()
-        self.task = asyncio.create_task(self._run(manager, spec))
-
-    async def _run(self, manager: AdapterManager, spec: str) -> None:
-        async with manager.lease(spec) as lease:
-            self.key = lease.key
-            await self.let_go.wait()
-
-    async def holding(self) -> Holder:
-        await until(lambda: bool(self.key) or self.task.done())
-        if self.task.done():
-            await self.task
-        return self
-
-    async def end(self) -> None:
-        self.let_go.set()
-        await self.task
-
-    async def cancel(self) -> None:
-        self.task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await self.task
 
 
 class TestLease:
@@ -218,6 +106,50 @@ class TestLease:
             async with bench.manager.lease(f"a@{one}") as lease:
                 assert lease.version == one
             assert (await bench.manager.get(f"a@{one[:8]}")).version == one
+
+    async def test_older_version_is_inspected_once(self, start, put, monkeypatch):
+        one = put("a", seed=1)
+        async with start() as bench:
+            two = put("a", seed=2)
+            await bench.manager.rescan(settled=True)
+            reads: list[Path] = []
+            read = checkpoint.read
+            monkeypatch.setattr(
+                checkpoint, "read", lambda d, b, **o: reads.append(d) or read(d, b, **o)
+            )
+            infos = await asyncio.gather(*(bench.manager.get(f"a@{one}") for _ in range(10)))
+            assert {info.version for info in infos} == {one} and len(reads) == 1
+            for _ in range(3):
+                async with bench.manager.lease(f"a@{one}"):
+                    pass
+            assert len(reads) == 2, "the second is the load"
+            assert (await bench.manager.get("a")).version == two
+        async with start():
+            assert len(reads) == 2, "the index still has the current version"
+
+    async def test_older_version_is_looked_for_again_when_the_record_changed(self, start, put):
+        one = put("a", seed=0)
+        async with start() as bench:
+            for seed in (1, 2, 3):
+                put("a", seed=seed)
+                await bench.manager.rescan(settled=True)
+                if seed < 3:
+                    assert (await bench.manager.get(f"a@{one}")).version == one
+            with pytest.raises(AdapterNotFound):
+                await bench.manager.get(f"a@{one}")
+
+    async def test_unknown_version_is_looked_for_at_every_request(self, start, put, base, root):
+        """Another server may have published it meanwhile."""
+        put("a", seed=1)
+        async with start() as bench:
+            other = AdapterStore(root)
+            with other.staging() as staged:
+                write_adapter(staged, base, seed=2)
+                version = content_digest(staged)
+                with pytest.raises(AdapterNotFound):
+                    await bench.manager.get(f"a@{version}")
+                other.publish("a", staged)
+            assert (await bench.manager.get(f"a@{version}")).version == version
 
     async def test_error_of_the_request_releases_it(self, start, put):
         put("a")
@@ -752,7 +684,8 @@ class TestMerge:
         async with start(max_slots=1) as bench:
             await bench.manager.merge("a")
             with pytest.raises(CapacityExceeded, match="has the only slot; unmerge it or raise"):
-                await bench.manager.load("b")
+                await Holder(bench.manager, "b").task
+            assert (await bench.manager.load("b")).state is AdapterState.READY  # only a hint
             with pytest.raises(CapacityExceeded):
                 await bench.manager.merge("b")
             await bench.manager.load("a")
@@ -1189,21 +1122,71 @@ class TestAnotherServer:
                 await bench.upload(source, "a", expected="")
             await bench.upload(source, "a", expected=version)
 
-    async def test_removal_of_a_version_by_it_is_a_clean_error(self, start, put, publish):
+    async def test_removal_of_a_version_by_it_is_followed_by_the_request_that_finds_it(
+        self, start, put, publish
+    ):
+        """It asked for the name, which stands for a version that is there."""
+        one = put("a", 1)
+        async with start(max_slots=1) as bench:
+            for seed in (2, 3):
+                version = publish("a", seed, keep_versions=1)
+            assert (await bench.manager.get("a")).version == one  # not looked at yet
+            async with bench.manager.lease("a") as lease:
+                assert lease.version == version
+            with pytest.raises(AdapterNotFound):
+                await Holder(bench.manager, f"a@{one}").task
+            assert bench.host.calls == [f"load a@{version}"]
+
+    async def test_removal_of_the_version_that_was_asked_for_is_a_clean_error(
+        self, start, put, publish
+    ):
         one = put("a", 1)
         async with start(max_slots=1) as bench:
             for seed in (2, 3):
                 publish("a", seed, keep_versions=1)
-            with pytest.raises(AdapterNotFound):
-                await bench.manager.load(f"a@{one}")
-            with pytest.raises(AdapterNotFound, match=f"a@{one}"):
-                await bench.manager.load("a")  # not followed yet
+            for _ in range(2):
+                with pytest.raises(AdapterNotFound, match=f"a@{one}"):
+                    await Holder(bench.manager, f"a@{one}").task
             assert bench.host.calls == []
+
+    @pytest.mark.parametrize("what", ["load", "merge"])
+    async def test_deletion_by_it_is_a_clean_error_whatever_is_asked(self, start, put, root, what):
+        put("a", 1)
+        async with start(max_slots=1) as bench:
+            AdapterStore(root).delete("a")
+            with pytest.raises(AdapterNotFound, match="no adapter 'a'"):
+                await getattr(bench.manager, what)("a")
+            assert bench.manager.list() == []
+
+    async def test_deletion_before_the_next_look_of_what_was_uploaded_is_followed(
+        self, start, base, tmp_path, root
+    ):
+        async with start() as bench:
+            await bench.upload(write_adapter(tmp_path / "source", base), "a")
+            AdapterStore(root).delete("a")
             await bench.manager.rescan()
-            await bench.manager.load("a")
+            assert bench.manager.list() == []
 
 
 class TestRetention:
+    async def test_spares_the_version_that_a_request_waits_to_load_though_it_is_deleted(
+        self, start, put, root
+    ):
+        """It was admitted before, with that version."""
+        one, _ = put("a", 1), put("b", 2)
+        async with start(max_slots=1) as bench:
+            b = await Holder(bench.manager, "b").holding()
+            waiting = Holder(bench.manager, "a")
+            assert await blocked(waiting.task)
+            await bench.manager.delete("a")
+            with pytest.raises(AdapterNotFound):
+                await Holder(bench.manager, "a").task
+            await b.end()
+            assert (await waiting.holding()).key == f"a@{one}"
+            await waiting.end()
+            assert not (root / ".kasa" / "versions" / "a").exists()
+            assert bench.host.loaded == {}
+
     async def test_spares_the_version_that_a_request_waits_to_load(self, start, put, base, root):
         """The request got its version at admission, then had to wait for a slot."""
         one, _ = put("a", 1), put("b", 2)

@@ -313,6 +313,9 @@ class TestCommands:
         assert "a kasa adapter of rank 4 on 11 layers, classifier trained whole, trunc" in (
             result.output
         )
+        facts = json.loads(kasa("verify", written, "--model", encoder, "--json").stdout)
+        assert (facts["method"], facts["rank"], facts["num_layers"]) == ("kasa", 4, 11)
+        assert facts["saved_modules"] == ["classifier"]
 
     @pytest.mark.parametrize("rule", [TruncationRule.MIN_DIM, TruncationRule.IN_FEATURES])
     def test_export_as_lora_keeps_the_head(self, encoder, bert, tmp_path, rule):

@@ -6,8 +6,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from adapter.test_store import accept, content_of, fill, leftovers, publish
 from kasa_runtime.adapter.checkpoint import CONFIG_FILE
 from kasa_runtime.adapter.store import AdapterStore
+from kasa_runtime.adapter.versions import StoredVersion, present
 from kasa_runtime.errors import AdapterNotFound, VersionConflict
 
 
@@ -144,11 +145,21 @@ class TestChanges:
         at_once(write, read)
 
 
-class TestPins:
+@contextmanager
+def held(store: AdapterStore, stored: StoredVersion) -> Iterator[None]:
+    store.hold(stored.name, stored.version)
+    try:
+        yield
+    finally:
+        if store.let_go(stored.name, stored.version):
+            store.sweep(stored.name)
+
+
+class TestHeld:
     def test_keep_a_version_that_retention_would_remove(self, stores):
         store = stores[0]
         first = publish(store, "a", "first")
-        with store.pin("a", first.version):
+        with held(store, first):
             for n in range(4):
                 publish(store, "a", str(n))
             assert content_of(store.version("a", first.version)) == "first"
@@ -161,24 +172,54 @@ class TestPins:
         store = stores[0]
         first = publish(store, "a", "first")
         with ExitStack() as stack:
-            with store.pin("a", first.version):
-                stack.enter_context(store.pin("a", first.version))
+            with held(store, first):
+                stack.enter_context(held(store, first))
             for n in range(3):
                 publish(store, "a", str(n))
             assert content_of(store.version("a", first.version)) == "first"
+
+    def test_keep_a_version_of_a_deleted_name_until_they_end(self, stores, root):
+        store = stores[0]
+        first, second = publish(store, "a", "first"), publish(store, "a", "second")
+        with held(store, first):
+            store.delete("a")
+            assert store.names() == [] and not second.directory.exists()
+            assert content_of(store.held("a", first.version)) == "first"
+            with pytest.raises(AdapterNotFound):
+                store.version("a", first.version)
+            publish(store, "a", "third")
+            assert content_of(store.held("a", first.version)) == "first"
+        assert [p.name for p in (root / ".kasa/versions/a").iterdir()] == [*store.versions("a")]
+        with pytest.raises(AdapterNotFound):
+            store.held("a", first.version)
+
+    def test_leave_nothing_of_a_deleted_name(self, stores, root):
+        store = stores[0]
+        first = publish(store, "a", "first")
+        with held(store, first):
+            store.delete("a")
+        assert not (root / ".kasa/versions/a").exists()
+
+    def test_what_was_deleted_and_came_again_stays(self, stores):
+        store = stores[0]
+        first = publish(store, "a", "first")
+        with held(store, first):
+            store.delete("a")
+            publish(store, "a", "first")
+        assert content_of(store.current("a")) == "first"
 
     def test_version_removed_while_it_is_read_is_not_found(self, stores):
         first = publish(stores[0], "a", "first")
         with (
             pytest.raises(AdapterNotFound, match="not on disk any more"),
-            stores[1].present("a", first.version, first.directory),
+            present("a", first.version, first.directory),
         ):
             stores[0].delete("a")
             (first.directory / CONFIG_FILE).read_bytes()
 
     def test_error_of_a_version_that_is_there_is_told_as_it_is(self, stores):
         first = publish(stores[0], "a", "first")
-        with pytest.raises(PermissionError), stores[0].present("a", "x", first.directory):
+        with pytest.raises(PermissionError), present("a", "x", first.directory):
             raise PermissionError
 
 

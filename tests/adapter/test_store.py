@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from kasa_runtime.adapter import records, staging, versions
 from kasa_runtime.adapter import store as store_module
 from kasa_runtime.adapter.checkpoint import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
-from kasa_runtime.adapter.store import AdapterStore, StoredVersion, check_name, content_digest
+from kasa_runtime.adapter.content import content_digest
+from kasa_runtime.adapter.names import check_name
+from kasa_runtime.adapter.store import AdapterStore
+from kasa_runtime.adapter.versions import StoredVersion
 from kasa_runtime.errors import AdapterInvalid, AdapterNotFound, InvalidRequest, StoreReadOnly
 
 
@@ -338,7 +342,7 @@ class TestTakeIn:
             (root / "a" / CONFIG_FILE).write_text("more")
             copyfile(source, target)
 
-        monkeypatch.setattr(store_module.shutil, "copyfile", copy_and_write_on)
+        monkeypatch.setattr(shutil, "copyfile", copy_and_write_on)
         with pytest.raises(OSError, match="changed while it was read"):
             store.take_in("a", accept)
         assert store.names() == [] and leftovers(root) == []
@@ -487,9 +491,9 @@ class TestCrash:
         with monkeypatch.context() as patch:
             for name in ("rename", "replace", "unlink", "mkdir"):
                 patch.setattr(Path, name, counted(getattr(Path, name)))
-            patch.setattr(store_module.shutil, "rmtree", counted(shutil.rmtree))
-            patch.setattr(store_module.shutil, "copyfile", counted(shutil.copyfile))
-            patch.setattr(store_module.os, "fsync", counted(os.fsync))
+            patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+            patch.setattr(shutil, "copyfile", counted(shutil.copyfile))
+            patch.setattr(os, "fsync", counted(os.fsync))
             try:
                 action()
             except Killed:
@@ -589,14 +593,15 @@ class TestCrash:
     def test_bytes_are_on_the_disk_before_their_names(self, store, monkeypatch):
         """A power cut may undo whatever was not flushed, in any order."""
         events: list[str] = []
-        sync, rename, fsync, replace = store_module.sync, Path.rename, os.fsync, Path.replace
+        sync, rename, fsync, replace = staging.sync, Path.rename, os.fsync, Path.replace
 
         def log(event: str, action: Callable[..., object], *args: object) -> object:
             events.append(event)
             return action(*args)
 
-        monkeypatch.setattr(store_module, "sync", lambda path: log(f"sync {path.name}", sync, path))
-        monkeypatch.setattr(store_module.os, "fsync", lambda fd: log("fsync", fsync, fd))
+        for module in (store_module, records, versions):
+            monkeypatch.setattr(module, "sync", lambda path: log(f"sync {path.name}", sync, path))
+        monkeypatch.setattr(os, "fsync", lambda fd: log("fsync", fsync, fd))
         monkeypatch.setattr(Path, "rename", lambda p, t: log("rename", rename, p, t))
         monkeypatch.setattr(Path, "replace", lambda p, t: log("replace", replace, p, t))
         with store.staging() as staged:

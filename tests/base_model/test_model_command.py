@@ -3,11 +3,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner, Result
 
 from kasa_runtime.cli import cli
-from kasa_runtime.errors import ModelError
 
 
 def kasa(*arguments: str) -> Result:
@@ -20,6 +18,7 @@ def test_fetch_prints_the_directory_as_last_line_of_stdout(gguf: Path, home: Pat
     assert (directory / "model.safetensors").is_file()
     assert directory.parent == (home / "models").resolve()
     assert "Converting" in result.stderr
+    assert json.loads(kasa("fetch", str(gguf), "--json").stdout) == {"directory": str(directory)}
 
 
 def test_info_describes_model_and_layers(gguf: Path) -> None:
@@ -52,13 +51,21 @@ def test_prepare_caches_tails_of_the_chosen_layers(gguf: Path) -> None:
 def test_prepare_without_choice_takes_the_blocks_and_not_the_head(gguf: Path) -> None:
     result = kasa("prepare", str(gguf), "--tail-rank", "4")
     assert result.stdout.splitlines()[-1] == "14 tails of rank 4 are cached"
+    again = kasa("prepare", str(gguf), "--tail-rank", "4", "--json")
+    assert json.loads(again.stdout) == {"num_modules": 14, "tail_rank": 4}
 
 
 def test_prepare_refuses_an_unknown_layer(gguf: Path) -> None:
-    with pytest.raises(ModelError, match=r"no linear layer is called 'query'.*q_proj"):
-        kasa("prepare", str(gguf), "--tail-rank", "4", "--target-modules", "query")
+    result = kasa("prepare", str(gguf), "--tail-rank", "4", "--target-modules", "query")
+    assert result.exit_code == 1
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("kasa: error: no linear layer is called 'query'; this model has: ")
+    assert "q_proj" in error
 
 
 def test_prepare_refuses_a_rank_that_a_layer_cannot_have(gguf: Path) -> None:
-    with pytest.raises(ModelError, match="rank below 32, asked for 32"):
-        kasa("prepare", str(gguf), "--tail-rank", "32")
+    result = kasa("prepare", str(gguf), "--tail-rank", "32", "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    error = json.loads(result.stderr.splitlines()[-1])["error"]
+    assert error["reason"] == "MODEL_ERROR"
+    assert "rank below 32, asked for 32" in error["message"]

@@ -83,7 +83,8 @@ def silu(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def result(graph: Graph, y: Any, num_rows: int) -> tuple[Any, Any, Array, Counter[str]]:
     """What the graph gives where every third row has no adapter, and the layers in float64."""
-    low_rank = LowRank(compiled_library(), graph.weights, 1)
+    shapes = {name: weight.shape for name, weight in graph.weights.items()}
+    low_rank = LowRank(compiled_library(), shapes, 1)
     request, kinds = graph.compile(y, low_rank)
     loaded = adapter(graph.weights)
     low_rank.prepare(0, loaded, tails=None)  # type: ignore[arg-type]

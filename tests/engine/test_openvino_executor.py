@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,9 @@ from kasa_runtime.home import kasa_home
 
 pytest.importorskip("openvino")
 
+from kasa_runtime.engine.native import huge_pages
 from kasa_runtime.engine.native.openvino import attention
+from kasa_runtime.engine.native.openvino import executor as executor_module
 from kasa_runtime.engine.native.openvino.executor import OpenVinoExecutor
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -283,14 +284,21 @@ def test_the_cache_begins_zeroed_and_keeps_what_steps_write_while_it_is_made_pre
     tiny_llama: Path,
 ) -> None:
     executor = OpenVinoExecutor(tiny_llama, config())
-    caches = attention.allocate(executor._pristine.compiled, num_blocks=4096)
+    caches, memory = attention.allocate(executor._pristine.compiled, num_blocks=4096)
     for number, tensor in enumerate(caches.values(), 1):
         assert not tensor.data.any()
         tensor.data[...] = number
-    for thread in threading.enumerate():
-        if thread.name == "kasa-populate":
-            thread.join()
+    huge_pages.populate(memory)
     for number, tensor in enumerate(caches.values(), 1):
         assert (tensor.data == number).all()
         assert tensor.data.ctypes.data % 64 == 0
     executor.close()
+
+
+def test_that_prompts_may_be_split_is_found_out_once(tiny_llama: Path, tmp_path, monkeypatch):
+    monkeypatch.setenv("KASA_HOME", str(tmp_path))
+    checked = []
+    monkeypatch.setattr(executor_module, "require_split_prompts", lambda *_: checked.append(1))
+    for _ in range(2):
+        OpenVinoExecutor(tiny_llama, config()).close()
+    assert len(checked) == 1

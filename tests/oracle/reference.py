@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.base import BaseModel
+from kasa_runtime.adapter.content import content_digest
 from kasa_runtime.adapter.lora import Adapter
-from kasa_runtime.adapter.store import content_digest
 from oracle.schedule import NUM_CONTENTS
 
 TIE = 1e-4

@@ -17,11 +17,13 @@ from pathlib import Path
 from engine.making import config, few_blocks
 
 from kasa_runtime.errors import AdapterInUse, AdapterNotFound
+from kasa_runtime.merging import MergeConfig
 from kasa_runtime.runtime import Runtime, RuntimeConfig
 from kasa_runtime.types import (
     FinishReason,
     GenerationRequest,
     ManifestFile,
+    Observer,
     SamplingParams,
     UploadManifest,
 )
@@ -30,6 +32,14 @@ from oracle.schedule import Action, Kind, make_schedule
 
 MAX_OPEN = 24
 """Requests at the same time."""
+
+MERGING = {
+    "manual": MergeConfig(),
+    # Of a dozen names that are asked for alike, one often has this much of so short a time.
+    "auto": MergeConfig(
+        "auto", merge_share=0.25, unmerge_share=0.2, merge_window_s=0.5, merge_dwell_s=0.0
+    ),
+}
 
 MAX_LOOKS = 600
 """Tenths of a second without a token after which a run is taken to hang."""
@@ -66,8 +76,24 @@ class Name:
     waiting: list[Answer] = field(default_factory=list)  # requests whose version is not yet chosen
 
 
+class Decisions(Observer):
+    """Counts what auto mode does."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def merge_decided(self, adapter: str) -> None:
+        self.counts["auto merge" if adapter else "auto unmerge"] += 1
+
+
 async def play(
-    model_dir: Path, reference: Reference, executor: str, *, seed: int, num_requests: int
+    model_dir: Path,
+    reference: Reference,
+    executor: str,
+    *,
+    seed: int,
+    num_requests: int,
+    mode: str = "manual",
 ) -> Outcome:
     """A schedule against a runtime of its own, short of everything: slots, cache, versions."""
     with tempfile.TemporaryDirectory() as adapters_dir:
@@ -76,11 +102,14 @@ async def play(
             Path(adapters_dir),
             poll_interval_s=0.02,
             keep_versions=3,
+            merging=MERGING[mode],
             native=config(executor=executor, max_slots=3, max_num_seqs=8, **few_blocks(192)),
         )
-        async with await Runtime.create(settings) as runtime:
+        decisions = Decisions()
+        async with await Runtime.create(settings, decisions) as runtime:
             run = Run(runtime, settings.adapters_dir, reference)
-            return await run.play(make_schedule(seed, num_requests))
+            outcome = await run.play(make_schedule(seed, num_requests))
+        return Outcome(outcome.counts + decisions.counts, outcome.wrong)
 
 
 class Run:

@@ -22,15 +22,17 @@ def reference(tiny_chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize(
-    ("executor", "num_requests"), [("torch", 300), ("openvino", 200)], ids=["torch", "openvino"]
+    ("executor", "mode", "num_requests"),
+    [("torch", "manual", 300), ("torch", "auto", 200), ("openvino", "manual", 200)],
 )
 async def test_every_request_gets_what_its_version_gives_alone(
-    tiny_chat_model: Path, reference: Reference, executor: str, num_requests: int
+    tiny_chat_model: Path, reference: Reference, executor: str, mode: str, num_requests: int
 ) -> None:
     if executor == "openvino":
         require_openvino()
     seed = 20
-    outcome = await play(tiny_chat_model, reference, executor, seed=seed, num_requests=num_requests)
+    settings = {"seed": seed, "num_requests": num_requests, "mode": mode}
+    outcome = await play(tiny_chat_model, reference, executor, **settings)
     counts = outcome.counts
     print(f"seed {seed}: {dict(counts)}")
     if outcome.wrong:
@@ -41,6 +43,7 @@ async def test_every_request_gets_what_its_version_gives_alone(
     assert counts["requests with a tie"] <= num_finished / 50
     assert all(counts[kind] for kind in Kind if kind is not Kind.REQUEST)
     assert counts["cancelled by its reader"] and counts["not found"]
+    assert bool(counts["auto merge"]) is (mode == "auto")
 
 
 def test_a_seed_is_a_schedule() -> None:

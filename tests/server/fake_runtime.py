@@ -21,6 +21,7 @@ from kasa_runtime.types import (
     AdapterInfo,
     AdapterMethod,
     AdapterState,
+    AdapterTier,
     ChatMessage,
     FinishReason,
     GenerationRequest,
@@ -202,11 +203,13 @@ class FakeRuntime:
     async def rollback_adapter(self, name: str, version: str) -> AdapterInfo:
         return self.put(replace(self.find(name), version=version or "0ld"))
 
-    async def load_adapter(self, name: str) -> AdapterInfo:
-        return self.put(replace(self.find(name), state=AdapterState.RESIDENT))
+    async def load_adapter(self, name: str, *, pin: bool = False) -> AdapterInfo:
+        loaded = {"state": AdapterState.RESIDENT, "tier": AdapterTier.SLOT}
+        return self.put(replace(self.find(name), **loaded, pinned=pin))
 
     async def unload_adapter(self, name: str) -> AdapterInfo:
-        return self.put(replace(self.find(name), state=AdapterState.READY))
+        unloaded = {"state": AdapterState.READY, "tier": AdapterTier.DISK}
+        return self.put(replace(self.find(name), **unloaded, pinned=False))
 
     async def merge_adapter(self, name: str) -> AdapterInfo:
         self.merged = name
@@ -217,9 +220,9 @@ class FakeRuntime:
 
     def stats(self) -> RuntimeStats:
         resident = {
-            info.name: "slot"
+            info.name: info.tier
             for info in self.list_adapters()
-            if info.state is AdapterState.RESIDENT
+            if info.tier is not AdapterTier.DISK
         }
         shares = {"": 0.25, "style@abc123": 0.5, "style@def456": 0.25}
-        return RuntimeStats(len(self.running), 0, 0.25, 30, 20, self.merged, resident, shares)
+        return RuntimeStats(len(self.running), 0, 0.25, 30, 20, self.merged, resident, shares, 512)

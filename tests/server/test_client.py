@@ -9,6 +9,7 @@ from kasa_runtime import errors
 from kasa_runtime.client import AsyncClient, Client
 from kasa_runtime.types import (
     AdapterState,
+    AdapterTier,
     ChatMessage,
     FinishReason,
     Mode,
@@ -134,12 +135,17 @@ async def test_directory_that_is_no_adapter_is_not_sent(client, tmp_path):
 
 
 async def test_adapter_methods(client):
-    assert (await client.load_adapter("style")).state is AdapterState.RESIDENT
+    loaded = await client.load_adapter("style")
+    assert (loaded.state, loaded.tier) == (AdapterState.RESIDENT, AdapterTier.SLOT)
+    assert not loaded.pinned
+    assert (await client.load_adapter("style", pin=True)).pinned
     assert (await client.merge_adapter("style")).state is AdapterState.MERGED
     with pytest.raises(errors.AdapterInUse):
         await client.delete_adapter("style")
     await client.unmerge_adapter()
-    assert (await client.unload_adapter("style")).state is AdapterState.READY
+    unloaded = await client.unload_adapter("style")
+    assert (unloaded.state, unloaded.tier) == (AdapterState.READY, AdapterTier.DISK)
+    assert not unloaded.pinned
     assert (await client.rollback_adapter("style", "abc")).version == "abc"
     await client.delete_adapter("style")
     with pytest.raises(errors.AdapterNotFound):
@@ -148,7 +154,7 @@ async def test_adapter_methods(client):
 
 async def test_adapter_methods_of_the_sync_client(served):
     def use(client):
-        states = [client.load_adapter("style").state, client.merge_adapter("style").state]
+        states = [client.load_adapter("style", pin=True).state, client.merge_adapter("style").state]
         client.unmerge_adapter()
         states.append(client.unload_adapter("style").state)
         assert client.rollback_adapter("style").version == "0ld"

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, field
+import re
+import socket
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from click.testing import CliRunner
+from fake_runtime import MODEL, STYLE
+from kasa.v1 import adapters_pb2
 
 from kasa_runtime.cli import cli
-from kasa_runtime.commands import serve
+from kasa_runtime.commands import adapters, serve
 from kasa_runtime.commands.flags import build, options
+from kasa_runtime.errors import Overloaded
 from kasa_runtime.runtime import RuntimeConfig
 from server.config import ServerConfig
 
@@ -19,12 +24,13 @@ from server.config import ServerConfig
 @pytest.fixture
 def kasa(served):
     async def run(*args, status=0, **kwargs):
+        """What it prints: on standard output, or on standard error if it should fail."""
         arguments = [*args, "--address", served.address]
         result = await asyncio.to_thread(CliRunner().invoke, cli, arguments, **kwargs)
-        if status == 0 and result.exception is not None:
-            raise result.exception
-        assert result.exit_code == status, result.output
-        return result.stdout
+        assert result.exit_code == status, (result.output, result.exception)
+        if status:
+            assert result.stdout == ""
+        return result.stderr if status else result.stdout
 
     return run
 
@@ -36,6 +42,12 @@ async def test_generate(served, kasa):
     assert request.adapter == "style"
     assert request.sampling.temperature == 0.5
     assert request.sampling.max_tokens == 256
+    assert request.cache_salt == ""
+
+
+async def test_generate_with_a_cache_salt(served, kasa):
+    await kasa("generate", "one two", "--cache-salt", "tenant")
+    assert served.runtime.requests[0].cache_salt == "tenant"
 
 
 async def test_generate_from_standard_input(kasa):
@@ -53,7 +65,8 @@ async def test_generate_chat_stream_json(served, kasa):
 
 async def test_generate_past_its_timeout(served, kasa):
     served.runtime.delay_s = 0.05
-    await kasa("generate", "word " * 100, "--timeout", "0.1", status=1)
+    out = await kasa("generate", "word " * 100, "--timeout", "0.1", "--json", status=1)
+    assert json.loads(out)["error"]["reason"] == "DEADLINE_EXCEEDED"
 
 
 async def test_list_shows_states_and_reasons(kasa):
@@ -79,11 +92,84 @@ async def test_upload(kasa, tmp_path):
 async def test_the_other_verbs(served, kasa):
     for verb, state in (("load", "resident"), ("merge", "merged"), ("unload", "ready")):
         assert json.loads(await kasa("adapters", verb, "style", "--json"))["state"] == state
-    await kasa("adapters", "unmerge")
+    assert await kasa("adapters", "unmerge") == "the base weights are back\n"
+    assert json.loads(await kasa("adapters", "unmerge", "--json")) == {"merged": ""}
     out = await kasa("adapters", "rollback", "style", "--version", "abc", "--json")
     assert json.loads(out)["version"] == "abc"
-    await kasa("adapters", "delete", "style")
+    assert json.loads(await kasa("adapters", "delete", "style", "--json")) == {"deleted": "style"}
     assert [info.name for info in served.runtime.list_adapters()] == ["broken"]
+
+
+async def test_tables_are_aligned_and_no_line_is_folded(served, kasa):
+    served.runtime.put(replace(STYLE, name="long-" * 12 + "x", version="f" * 64))
+    lines = (await kasa("adapters", "list")).splitlines()
+    assert len(lines) == 5  # header, three adapters, why one is in quarantine
+    states = ("state", "quarantined", "ready", "ready")
+    assert len({line.index(s) for line, s in zip(lines[:4], states, strict=True)}) == 1
+    shown = await kasa("adapters", "show", "long-" * 12 + "x")
+    assert any(line.endswith("f" * 64) for line in shown.splitlines())
+
+
+async def test_status(served, kasa):
+    status = json.loads(await kasa("status", "--json"))
+    assert status == {
+        "address": served.address,
+        "model": asdict(MODEL),
+        "adapters": {"quarantined": 1, "ready": 1},
+    }
+    lines = (await kasa("status")).splitlines()
+    assert any(line.split() == ["model", "fake"] for line in lines)
+    assert lines[-1].endswith("1 quarantined, 1 ready")
+
+
+ON_AN_ADAPTER = ("show", "delete", "rollback", "load", "unload", "merge")
+
+
+@pytest.mark.parametrize("verb", ON_AN_ADAPTER)
+async def test_an_unknown_adapter_is_an_error_for_people_and_for_programs(kasa, verb):
+    line = await kasa("adapters", verb, "nobody", status=1)
+    assert line == "kasa: error: no adapter 'nobody'\n"
+    error = json.loads(await kasa("adapters", verb, "nobody", "--json", status=1))["error"]
+    assert error == {
+        "reason": "ADAPTER_NOT_FOUND",
+        "message": "no adapter 'nobody'",
+        "adapter": "nobody",
+    }
+
+
+async def test_an_error_says_which_field_and_when_to_retry(served, kasa):
+    error = json.loads(await kasa("adapters", "load", "No", "--json", status=1))["error"]
+    assert (error["reason"], error["field"]) == ("INVALID_REQUEST", "name")
+    served.runtime.error = Overloaded("the queue is full", retry_after_s=1.5)
+    error = json.loads(await kasa("generate", "hi", "--json", status=1))["error"]
+    assert (error["reason"], error["retry_after_s"]) == ("OVERLOADED", 1.5)
+
+
+async def test_a_server_that_is_not_there_is_a_failed_request(silent_address):
+    arguments = ["adapters", "list", "--address", silent_address, "--json"]
+    result = await asyncio.to_thread(CliRunner().invoke, cli, arguments)
+    assert result.exit_code == 1
+    assert "is `kasa serve` running there?" in json.loads(result.stderr)["error"]["message"]
+
+
+@pytest.fixture
+def silent_address():
+    with socket.socket() as bound:  # and nobody listens
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+
+
+async def test_wrong_usage_has_a_status_of_its_own(kasa):
+    for arguments in (["adapters", "show"], ["adapters", "list", "--colour"], ["adapter"]):
+        assert "Usage: " in await kasa(*arguments, status=2)
+
+
+def test_every_method_of_the_adapter_service_has_a_command():
+    methods = adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].methods
+    verbs = {re.match("[A-Z][a-z]+", method.name)[0].lower() for method in methods}
+    names = {"show" if verb == "get" else verb for verb in verbs}
+    assert names <= set(adapters.command.commands)
+    assert len(names) == len(methods) == 9
 
 
 @dataclass(frozen=True)
@@ -138,11 +224,13 @@ def test_serve_passes_its_flags_on(monkeypatch):
         return 3
 
     monkeypatch.setattr("server.app.serve", fake_serve)
+    monkeypatch.setattr(serve, "begin", lambda config: config.model)
     arguments = ["--model", "m", "--grpc-port", "0", "--adapters-dir", "a"]
     arguments += ["--adapter-limit", "style=4:200", "--adapter-limit", "few=1"]
     result = CliRunner().invoke(serve.command, arguments, env={"KASA_HTTP_PORT": "9"})
     assert result.exit_code == 3
-    runtime_config, server_config, _ = seen
+    runtime_config, server_config, begun = seen
+    assert begun == "m"
     assert isinstance(runtime_config, RuntimeConfig)
     assert (runtime_config.model, runtime_config.adapters_dir) == ("m", Path("a"))
     assert runtime_config.limits.adapter_limit == ("style=4:200", "few=1")

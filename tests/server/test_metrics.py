@@ -9,7 +9,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kasa_runtime.errors import LimitExceeded, Overloaded, ShuttingDown
-from kasa_runtime.types import AdapterState, FinishReason, Mode
+from kasa_runtime.types import AdapterState, AdapterTier, FinishReason, Mode
 from server.metrics import Gauges, Metrics
 
 NAMES = {
@@ -28,6 +28,7 @@ NAMES = {
     "kasa_requests_refused",
     "kasa_adapter_info",
     "kasa_adapter_resident",
+    "kasa_adapter_host_cache_bytes",
     "kasa_adapter_load_seconds",
     "kasa_merge_seconds",
     "kasa_merge_decisions",
@@ -158,7 +159,8 @@ def test_load_and_merge(metrics):
 async def test_gauges_are_read_from_the_runtime(metrics):
     runtime = FakeRuntime(metrics)
     metrics.registry.register(Gauges(runtime, metrics.label))
-    runtime.put(replace(STYLE, state=AdapterState.RESIDENT))
+    runtime.put(replace(STYLE, state=AdapterState.RESIDENT, tier=AdapterTier.SLOT))
+    runtime.put(replace(STYLE, name="warm", tier=AdapterTier.HOST))
     runtime.running.add("id")
     runtime.merged = "style@abc123"
     found = samples(metrics)
@@ -168,6 +170,8 @@ async def test_gauges_are_read_from_the_runtime(metrics):
     assert found["kasa_prefix_cache_queries_total",] == 30
     assert found["kasa_prefix_cache_hits_total",] == 20
     assert found["kasa_adapter_resident", ("adapter", "style"), ("tier", "slot")] == 1
+    assert found["kasa_adapter_resident", ("adapter", "_other"), ("tier", "host")] == 1
+    assert found["kasa_adapter_host_cache_bytes",] == 512
     assert found["kasa_adapter_merged", ("adapter", "style")] == 1
     assert found["kasa_adapter_token_share_ratio", ("adapter", "style")] == 0.75
     assert found["kasa_adapter_token_share_ratio", ("adapter", "_base")] == 0.25

@@ -115,9 +115,10 @@ def export(trained: Trained, form: str) -> Path:
     """By the command, with the base named as a user names it."""
     target = trained.directory.with_name(form)
     arguments = ["adapters", "export", str(trained.directory), str(target), "--format", form]
-    arguments += ["--model", str(trained.model_dir)]
+    arguments += ["--model", str(trained.model_dir), "--json"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"directory": str(target), "format": form}
     return target
 
 

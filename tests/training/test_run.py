@@ -323,6 +323,8 @@ def test_command_trains_from_a_file(model_dir: Path, write_rows: WriteRows, tmp_
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     work_dir = tmp_path / "runs" / "adapter"
     shutil.rmtree(tmp_path / "adapter")
-    result = CliRunner().invoke(cli, [*arguments, "--resume"], catch_exceptions=False)
-    assert f"going on from {work_dir / 'checkpoint-4'}" in result.output
+    arguments += ["--resume", "--json"]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert f"going on from {work_dir / 'checkpoint-4'}" in result.stderr
+    assert json.loads(result.stdout)["directory"] == str(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

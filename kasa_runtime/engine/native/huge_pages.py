@@ -1,5 +1,6 @@
-"""Huge pages under the weights: a step that reads all weights once is limited by memory, and by the
-translation of the address of every 4 KiB of it unless they lie in pages of 2 MiB.
+"""Huge pages under the weights and the KV cache: a step that reads all weights once is limited by
+memory, and by the translation of the address of every 4 KiB of it unless they lie in pages of 2
+MiB.
 
 Linux gives them unasked only where its administrator wants so. Here they are asked for when the
 weights are in place (`MADV_COLLAPSE`, Linux 6.1), and only for memory that is resident, so that no
@@ -14,27 +15,50 @@ import mmap
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 logger = logging.getLogger(__name__)
 
+MADV_POPULATE_WRITE = 23
+"""Of Linux 5.14; older kernels refuse it."""
+POPULATED_AT_ONCE = 8 << 20
+"""Bytes. Whoever maps memory waits meanwhile, and a system that is short of it takes long."""
 MADV_COLLAPSE = 25
 PRESENT = np.uint64(1 << 63)
 SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 PROCESS = Path("/proc/self")
 
 
+def allocate(num_bytes: int) -> mmap.mmap:
+    """Zeroed memory of the process's own, on huge pages where the system has them."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # of kernels that have none
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def populate(memory: mmap.mmap) -> None:
+    """Make it present, so that no step is the first to touch it. Best effort, and without changing
+    what is in it: steps may be running already."""
+    view = np.frombuffer(memory, np.uint8)
+    libc = _libc()
+    for start in range(0, view.nbytes, POPULATED_AT_ONCE):
+        piece = view[start : start + POPULATED_AT_ONCE]
+        if libc.madvise(piece.ctypes.data, piece.nbytes, MADV_POPULATE_WRITE) != 0:
+            return
+
+
 def collapse() -> int:
     """Move this process's resident anonymous memory to huge pages, beside whatever uses it: about
     half a gigabyte a second. Returns the bytes that the system moved or had moved before."""
     start_s, moved = time.monotonic(), 0
-    libc = ctypes.CDLL(None)
+    libc = _libc()
     try:
         for start, end in resident_regions(int(SIZE.read_text())):
-            address, length = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
-            if libc.madvise(address, length, MADV_COLLAPSE) == 0:
+            if libc.madvise(start, end - start, MADV_COLLAPSE) == 0:
                 moved += end - start
     except OSError as error:
         logger.debug("no huge pages: %s", error)
@@ -42,8 +66,21 @@ def collapse() -> int:
     return moved
 
 
-def collapse_in_background() -> None:
-    threading.Thread(target=collapse, name="kasa-huge-pages", daemon=True).start()
+def settle_in_background(cache: mmap.mmap) -> None:
+    """After a start: the cache becomes present, then the weights move."""
+
+    def settle() -> None:
+        populate(cache)
+        collapse()
+
+    threading.Thread(target=settle, name="kasa-huge-pages", daemon=True).start()
+
+
+def _libc() -> ctypes.CDLL:
+    """The system's library; unlike `mmap.madvise` it leaves the interpreter to others."""
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
 
 
 def resident_regions(page: int) -> Iterator[tuple[int, int]]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 import mmap
-import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,14 +13,12 @@ import openvino as ov
 import openvino.opset13 as ops
 from openvino.op import _PagedAttentionExtension
 
+from kasa_runtime.engine.native import huge_pages
 from kasa_runtime.errors import ModelError
 
 if TYPE_CHECKING:
     from kasa_runtime.engine.native.executor import SequenceSlice
     from kasa_runtime.engine.native.openvino.conversion import AttentionLayer
-
-MADV_POPULATE_WRITE = 23
-"""Of Linux 5.14; older kernels refuse it."""
 
 STEP_INPUTS = (
     "past_lens",
@@ -141,29 +136,18 @@ def block_shapes(compiled: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def allocate(compiled: Any, num_blocks: int) -> dict[str, Any]:
-    """Cache tensors (float32) by input name, zeroed. A thread makes their memory present while the
-    server starts: what is touched first then is not touched first in a step."""
+def allocate(compiled: Any, num_blocks: int) -> tuple[dict[str, Any], mmap.mmap]:
+    """Cache tensors (float32) by input name, zeroed, and the memory in which they lie."""
     shapes = {name: (num_blocks, *shape) for name, shape in block_shapes(compiled).items()}
     sizes = [_whole_pages(4 * math.prod(shape)) for shape in shapes.values()]
-    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError, AttributeError):  # of kernels that have none
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    threading.Thread(target=_populate, args=(memory,), name="kasa-populate", daemon=True).start()
+    memory = huge_pages.allocate(sum(sizes))
     starts = itertools.accumulate(sizes, initial=0)
-    return {
+    tensors = {
         name: ov.Tensor(np.ndarray(shape, np.float32, memory, start), shared_memory=True)
         for (name, shape), start in zip(shapes.items(), starts, strict=False)
     }
+    return tensors, memory
 
 
 def _whole_pages(num_bytes: int) -> int:
     return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _populate(memory: mmap.mmap) -> None:
-    """Best effort, and without changing what is in it: steps may be running already."""
-    view = np.frombuffer(memory, np.uint8)
-    libc = ctypes.CDLL(None)  # mmap.madvise would hold the interpreter's lock
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.madvise(view.ctypes.data, view.nbytes, MADV_POPULATE_WRITE)

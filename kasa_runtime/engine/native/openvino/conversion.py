@@ -54,13 +54,14 @@ class AttentionLayer:
 @dataclass
 class ConvertedModel:
     """An open graph and what belongs to it. `probe`: token ids (tokens,) and transformers' logits
-    (rows, vocab) of the last of them."""
+    (rows, vocab) of the last of them. `key`: what names it in the cache."""
 
     graph: Any
     info: DecoderInfo
     layers: list[AttentionLayer]
     modules: dict[str, tuple[int, int]]  # linear layers: (out, in)
     probe: Probe
+    key: str = ""
 
 
 def converted(model_dir: Path, core: Any, quantization: str = "none") -> ConvertedModel:
@@ -134,5 +135,10 @@ def _read(directory: Path, core: Any) -> ConvertedModel:
     probe = load_file(directory / "probe.safetensors")
     graph = core.read_model(directory / "model.xml")
     return ConvertedModel(
-        graph, DecoderInfo(**info), layers, modules, (probe["token_ids"], probe["logits"])
+        graph,
+        DecoderInfo(**info),
+        layers,
+        modules,
+        (probe["token_ids"], probe["logits"]),
+        directory.name,
     )

@@ -1,8 +1,9 @@
 """The OpenVINO executor: the fast one on CPU, in float32, with integer weights if wanted.
 
 The graph is converted once (`conversion.py`), closed with paged attention (`attention.py`) and gets
-an operation for the low-rank branches beside its linear layers (`lowrank.py`). Merging an adapter
-compiles the graph again with other weights, beside the pristine one.
+operations of our own for its linear layers: with float32 weights the whole product (`products.py`),
+beside integer ones the low-rank branches (`lowrank.py`). Merging an adapter makes other weights
+beside the pristine ones, which the operations read from the next step on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import openvino as ov
 import torch
 from torch import Tensor
 
-from kasa_runtime.adapter.kasa import merged_weight
 from kasa_runtime.adapter.lora import AdapterWeights
 from kasa_runtime.background import set_torch_threads
 from kasa_runtime.engine.config import EngineConfig
@@ -34,9 +34,12 @@ from kasa_runtime.engine.native.executor import (
 from kasa_runtime.engine.native.openvino import attention, linears
 from kasa_runtime.engine.native.openvino.conversion import ConvertedModel
 from kasa_runtime.engine.native.openvino.graph import AdaptedGraph, Weights, plugin_errors
+from kasa_runtime.engine.native.openvino.lowrank import Packed
+from kasa_runtime.engine.native.openvino.packed import PackedWeights, unpacked
 from kasa_runtime.engine.native.openvino.settings import plugin_options
 from kasa_runtime.engine.native.probe import require_split_prompts
 from kasa_runtime.errors import CapacityExceeded, ModelError
+from kasa_runtime.home import remembered
 
 logger = logging.getLogger(__name__)
 
@@ -58,18 +61,20 @@ class OpenVinoExecutor(Executor):
         self._graph = built or AdaptedGraph(model_dir, config)
         model = self._graph.model
         self._low_rank, self._adaptable = self._graph.low_rank, self._graph.adaptable
-        self._pristine = self._weights = self._graph.pristine
-        del self._graph.pristine  # gigabytes, if others take its place
+        self._pristine = self._weights = self._graph.take_pristine()
         self._merged_slot = NO_SLOT
+        self._merged_weights: Packed = {}
+        self._spare: Packed = {}  # memory of weights that were merged, for the next ones
         self._adapters: dict[int, AdapterWeights] = {}  # by slot
         with plugin_errors(model.info.architecture):
             self._describe(model, config)
-            self._caches = attention.allocate(self._pristine.compiled, self.num_blocks)
+            caches = attention.allocate(self._pristine.compiled, self.num_blocks)
+            self._caches, memory = caches
             self._give_caches(self._pristine.request)
             self._require_parity(model, TOLERANCE)
-            require_split_prompts(self, model.info.architecture, 0.01)
+            self._require_split_prompts(model)
             self._set_options(plugin_options(config))
-        huge_pages.collapse_in_background()
+        huge_pages.settle_in_background(memory)
 
     def run(self, batch: PackedBatch) -> Tensor:
         self._low_rank.begin(batch)
@@ -89,7 +94,7 @@ class OpenVinoExecutor(Executor):
         missing = [name for name in adapter.modules if name not in self._graph.shapes]
         if missing:
             raise CapacityExceeded(f"{adapter.key}: this engine cannot adapt {missing[0]}")
-        switch = self._open(adapter.modules.keys(), tails)
+        switch = self._open(adapter.modules.keys())
         self._low_rank.prepare(slot, adapter, tails)
         self._adapters[slot] = adapter
 
@@ -103,59 +108,76 @@ class OpenVinoExecutor(Executor):
         del self._adapters[slot]
 
         def commit() -> None:
-            self._low_rank.forget(slot)
+            held = self._low_rank.forget(slot)
             self._low_rank.merge(self._merged_slot)
+            _release(held)
 
         return commit
 
     def prepare_merge(self, slot: int, tails: TailSource) -> Commit:
-        return self._switch(self._merged(slot, tails, self._adaptable), slot)
+        merged = self._merged(slot)
+        dense = self._graph.dense | merged.keys()
+        weights = self._pristine
+        if dense != self._graph.dense:
+            weights = self._compile(dense, self._adaptable)
+            huge_pages.collapse()
+        return self._switch(weights, merged, slot)
 
     def prepare_unmerge(self) -> Commit:
-        return self._switch(self._pristine, NO_SLOT)
+        return self._switch(self._pristine, {}, NO_SLOT)
 
     def close(self) -> None:
         del self._weights, self._pristine, self._graph, self._caches
 
     def weights(self) -> dict[str, Tensor]:
         """Dense copies of the weights that are served now, by layer. For tests and checks."""
-        nodes = linears.linear_nodes(self._weights.graph, self._graph.shapes)
-        return {name: linears.weight(node) for name, node in nodes.items()}
+        served = {**self._graph.packed, **self._merged_weights}
+        nodes = linears.linear_nodes(self._graph.model.graph, self._graph.shapes)
+        return {
+            name: torch.from_numpy(unpacked(served[name], self._graph.shapes[name]))
+            if name in served
+            else linears.weight(node)
+            for name, node in nodes.items()
+        }
 
     def _set_options(self, options: Mapping[str, Any]) -> None:
         """Those to serve with, after the checks that need float32 activations."""
         if options == self._graph.options:
             return
         self._graph.options = options
-        self._pristine = self._weights = self._compile({}, self._adaptable)
+        self._pristine = self._weights = self._compile(self._graph.dense, self._adaptable)
         self._require_parity(self._graph.model, ROUNDED_TOLERANCE)
 
-    def _compile(self, merged: Mapping[str, Tensor], adaptable: Set[str]) -> Weights:
-        weights = self._graph.compile(merged, adaptable)
+    def _compile(self, dense: Set[str], adaptable: Set[str]) -> Weights:
+        weights = self._graph.compile(dense, adaptable)
         self._give_caches(weights.request)
         return weights
 
-    def _merged(self, slot: int, tails: TailSource, adaptable: Set[str]) -> Weights:
+    def _merged(self, slot: int) -> Packed:
+        """The weights of an adapter's layers with the adapter in them, computed from the pristine
+        ones."""
         start_s = time.monotonic()
-        modules = self._adapters[slot].modules
-        merged = {}
-        for name, node in linears.linear_nodes(self._graph.model.graph, modules).items():
-            delta = modules[name]
-            tail = tails.get(name, delta.t)
-            merged[name] = merged_weight(linears.weight(node), delta.a, delta.b, tail)
-        weights = self._compile(merged, adaptable)
-        huge_pages.collapse()
-        logger.info("compiled merged weights in %.1f s", time.monotonic() - start_s)
-        return weights
+        names = self._adapters[slot].modules.keys()
+        merged = self._spare
+        if merged.keys() != names:
+            merged = PackedWeights({name: self._graph.shapes[name] for name in names})
+        coded = linears.linear_nodes(self._graph.model.graph, names - self._graph.dense)
+        for name, node in coded.items():
+            self._low_rank.pack(linears.array(node), merged[name])
+        self._low_rank.fold(slot, {**merged, **self._graph.packed}, merged)
+        logger.info("merged weights in %.2f s", time.monotonic() - start_s)
+        return merged
 
-    def _open(self, names: Set[str], tails: TailSource) -> Commit:
+    def _open(self, names: Set[str]) -> Commit:
         """Make layers adaptable that were not before: the graphs have to be compiled again."""
         if names <= self._adaptable:
             return lambda: None
         adaptable = self._adaptable | names
-        slot, pristine = self._merged_slot, self._compile({}, adaptable)
-        weights = pristine if slot == NO_SLOT else self._merged(slot, tails, adaptable)
-        switch = self._switch(weights, slot)
+        slot, merged = self._merged_slot, self._merged_weights
+        weights = pristine = self._compile(self._graph.dense, adaptable)
+        if self._weights is not self._pristine:
+            weights = self._compile(self._graph.dense | merged.keys(), adaptable)
+        switch = self._switch(weights, merged, slot)
 
         def commit() -> None:
             self._adaptable, self._pristine = adaptable, pristine
@@ -192,12 +214,24 @@ class OpenVinoExecutor(Executor):
                 f"(by {float((found - want).abs().max()):.1e}); use --executor torch"
             )
 
-    def _switch(self, weights: Weights, merged_slot: int) -> Commit:
+    def _require_split_prompts(self, model: ConvertedModel) -> None:
+        """A property of the converted model, so once is enough. Raises ModelError."""
+
+        def check() -> dict[str, bool]:
+            require_split_prompts(self, model.info.architecture, 0.01)
+            return {"agree": True}
+
+        remembered("split-prompts", {"model": model.key}, check)
+
+    def _switch(self, weights: Weights, merged: Packed, slot: int) -> Commit:
         def commit() -> None:
-            before, self._weights = self._weights, weights
-            self._merged_slot = merged_slot
-            self._low_rank.merge(merged_slot)
-            _release([before])
+            self._low_rank.use({**self._graph.packed, **merged})
+            before = [self._weights, self._spare]
+            self._spare = {} if merged else self._merged_weights or self._spare
+            self._weights, self._merged_weights = weights, merged
+            self._merged_slot = slot
+            self._low_rank.merge(slot)
+            _release(before)
 
         return commit
 
@@ -207,5 +241,6 @@ class OpenVinoExecutor(Executor):
 
 
 def _release(unused: list[Any]) -> None:
-    """Forget what may be the last references to gigabytes, which takes as long as a step."""
+    """Forget what may be the last references to megabytes or gigabytes: freeing them takes up to a
+    step."""
     threading.Thread(target=unused.clear, name="kasa-release", daemon=True).start()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino.opset13 as ops
+from numpy.typing import NDArray
 
 from kasa_runtime.engine.native.openvino import compression
 
@@ -36,6 +37,18 @@ def linear_nodes(graph: Any, modules: Iterable[str]) -> dict[str, Any]:
 
 def weight_node(linear: Any) -> Any:
     return linear.input(1).get_source_output().get_node()
+
+
+def is_dense(linear: Any) -> bool:
+    """Whether the layer's weight is no integers."""
+    return bool(weight_node(linear).get_type_name() == "Constant")
+
+
+def array(linear: Any) -> NDArray[np.float32]:
+    """The layer's weight (out, in), float32, a view where it is dense."""
+    node = weight_node(linear)
+    stored: NDArray[np.float32] = node.data if is_dense(linear) else compression.dense(node)
+    return stored if linear.get_attributes()["transpose_b"] else stored.T
 
 
 def weight(linear: Any) -> Tensor:

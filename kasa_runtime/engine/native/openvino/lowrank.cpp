@@ -5,6 +5,12 @@
 //     y[i] += z[i] + sum_j  h[i, j] b_j          ExpandAdd: and the residual stream
 //     silu(y[i]) y'[i]                           ExpandGated: of two layers, and Shrink for the next one
 //
+// and, where the weight W is float32 (`product.hpp`), the product with it too:
+//
+//     y[i] = x[i] W^T + sum_j  h[i, j] b_j       Linears, of one or several layers on the same x
+//     y[i] += z[i]                               LinearAdd: of one layer, and the residual stream
+//     down(silu(gate(x)) up(x)) + z              GatedMlp, GatedMlpAdd: of three layers
+//
 // over the terms j of row i's adapter. A term is one column of an adapter's factors, or of the shared
 // tail with c = -1. Its two vectors are rows of the caller's memory, so nothing is copied when an
 // adapter comes, goes or is merged; the work of a step grows with the adapters of its rows and not
@@ -23,11 +29,14 @@
 #include <memory>
 #include <vector>
 
+#include "product.hpp"
+
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/op/util/binary_elementwise_arithmetic.hpp>
 #include <openvino/op/util/unary_elementwise_arithmetic.hpp>
 #include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
 
 namespace kasa {
 
@@ -41,6 +50,12 @@ struct Term {
     const float* a;  // (in,)
     const float* b;  // (out,)
     float c;
+};
+
+// Of a layer, packed: see `product.hpp`.
+struct Weight {
+    const float* packed;  // null: not ours to multiply
+    int64_t out, in;
 };
 
 struct Unit {
@@ -57,7 +72,9 @@ struct Step {
 // all its tokens, [1] of those whose logits are wanted.
 struct Table {
     std::vector<std::vector<std::vector<Term>>> terms;
+    std::vector<Weight> weights;
     std::vector<std::vector<float>> hidden;  // h of every layer, rows in the order of Step::rows
+    std::vector<float> gate, up;  // of one GatedMlp at a time
     Step steps[2];
 
     const std::vector<Term>& of(int64_t layer, const Unit& block) const {
@@ -72,11 +89,6 @@ struct Table {
         return static_cast<int64_t>(longest);
     }
 };
-
-using Vec = float __attribute__((vector_size(64), aligned(4)));
-
-inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
-inline void store(float* to, Vec v) { *reinterpret_cast<Vec*>(to) = v; }
 
 inline float sum(Vec v) {
     float total = 0;
@@ -131,6 +143,11 @@ void expand(const float* y0, float* y, int64_t first, int64_t last, const std::v
         for (size_t j = 0; j < terms.size(); ++j)
             for (int v = 0; v < 4; ++v) s[v] += h[j] * load(terms[j].b + k + 16 * v);
         for (int v = 0; v < 4; ++v) store(y + k - first + 16 * v, s[v]);
+    }
+    for (; k + 16 <= last; k += 16) {
+        Vec s = load(y0 + k);
+        for (size_t j = 0; j < terms.size(); ++j) s += h[j] * load(terms[j].b + k);
+        store(y + k - first, s);
     }
     for (; k < last; ++k) {
         float total = y0[k];
@@ -221,6 +238,132 @@ void expand_all(Table& table, const Step& step, int64_t layer, const float* y0, 
     });
 }
 
+// A part of a product: some rows, some panels.
+struct Part {
+    int64_t row, end_row, panel, end_panel;
+};
+
+void multiply_part(const Weight& weight, const Part& part, const float* x, float* y) {
+    multiply(x + part.row * weight.in, part.end_row - part.row, weight.in, weight.packed, weight.out,
+             y + part.row * weight.out, part.panel, part.end_panel);
+}
+
+// y += z + sum_j h_j b_j in a part of one layer's y (num_rows, out); z may be null.
+void add_terms(const Table& table, const Step& step, int64_t layer, const Part& part, const float* z,
+               float* y) {
+    const int64_t out = table.weights[layer].out, stride = table.stride(layer, step);
+    const int64_t first = part.panel * kPanel, last = std::min(part.end_panel * kPanel, out);
+    const float* h = table.hidden[layer].data();
+    for (int64_t row = part.row; z && row < part.end_row; ++row)
+        for (int64_t k = first; k < last; ++k) y[row * out + k] += z[row * out + k];
+    if (!stride) return;
+    for (const Unit& block : step.blocks)
+        for (int32_t i = block.first; i < block.first + block.count; ++i) {
+            const int64_t row = step.rows[i];
+            if (row < part.row || row >= part.end_row) continue;
+            float* at = y + row * out + first;
+            expand(y + row * out, at, first, last, table.of(layer, block), h + i * stride);
+        }
+}
+
+// to = from + sum_j c_j b_j a_j^T for `kSteps` inputs from k on, of one panel; b has the panel's part of
+// all c_j b_j.
+template <int kSteps>
+void fold_inputs(const std::vector<Term>& terms, const float* b, int64_t k, const float* from, float* to) {
+    Vec low[kSteps], high[kSteps];
+#pragma GCC unroll 8
+    for (int s = 0; s < kSteps; ++s) {
+        low[s] = load(from + s * kPanel);
+        high[s] = load(from + s * kPanel + 16);
+        prefetch(from + s * kPanel + kAhead);
+        prefetch(from + s * kPanel + kAhead + 16);
+    }
+    for (size_t j = 0; j < terms.size(); ++j) {
+        const Vec b_low = load(b + j * kPanel), b_high = load(b + j * kPanel + 16);
+#pragma GCC unroll 8
+        for (int s = 0; s < kSteps; ++s) {
+            low[s] += terms[j].a[k + s] * b_low;
+            high[s] += terms[j].a[k + s] * b_high;
+        }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kSteps; ++s) {
+        store_past_cache(to + s * kPanel, low[s]);
+        store_past_cache(to + s * kPanel + 16, high[s]);
+    }
+}
+
+// to = from + sum_j c_j b_j a_j^T, packed.
+void fold(const std::vector<Term>& terms, const Weight& shape, const float* from, float* to) {
+    std::vector<float> b(terms.size() * kPanel);
+    for (int64_t first = 0; first < shape.out; first += kPanel) {
+        const int64_t width = std::min(kPanel, shape.out - first);
+        for (size_t j = 0; j < terms.size(); ++j)
+            for (int64_t i = 0; i < width; ++i) b[j * kPanel + i] = terms[j].c * terms[j].b[first + i];
+        int64_t k = 0;
+        for (; k + 8 <= shape.in; k += 8, from += 8 * kPanel, to += 8 * kPanel)
+            fold_inputs<8>(terms, b.data(), k, from, to);
+        for (; k < shape.in; ++k, from += kPanel, to += kPanel)
+            fold_inputs<1>(terms, b.data(), k, from, to);
+    }
+    end_stores_past_cache();
+}
+
+// Call task(i, part) for parts of layers[i] until all panels of all have served all rows, in chunks of
+// rows so that what one chunk reads and writes stays in the second cache.
+template <typename Task>
+void run_parts(const Table& table, const std::vector<int64_t>& layers, int64_t num_rows, const Task& task) {
+    std::vector<int64_t> begins{0};
+    for (const int64_t layer : layers)
+        begins.push_back(begins.back() + num_panels(table.weights[layer].out));
+    const int64_t all = begins.back(), num_chunks = (num_rows + kChunk - 1) / kChunk;
+    tbb::parallel_for(tbb::blocked_range<int64_t>(0, num_chunks * all), [&](const auto& range) {
+        for (int64_t chunk = range.begin() / all; chunk * all < range.end(); ++chunk)
+            for (size_t i = 0; i < layers.size(); ++i) {
+                const int64_t begin = chunk * all + begins[i];
+                const int64_t panel = std::max(range.begin() - begin, int64_t(0));
+                const int64_t end_panel = std::min(range.end() - begin, begins[i + 1] - begins[i]);
+                if (panel < end_panel)
+                    task(i, Part{num_rows * chunk / num_chunks, num_rows * (chunk + 1) / num_chunks, panel,
+                                 end_panel});
+            }
+    }, tbb::static_partitioner());
+}
+
+// y[i] = x W_i^T + z + sum_j h_j b_j of layers that read x (num_rows, in); z may be null.
+void project(Table& table, const Step& step, const std::vector<int64_t>& layers, const float* x,
+             const float* z, const std::vector<float*>& y, int64_t num_rows, int64_t in) {
+    shrink_all(table, step, layers, x, num_rows, in);
+    run_parts(table, layers, num_rows, [&](size_t i, const Part& part) {
+        multiply_part(table.weights[layers[i]], part, x, y[i]);
+        add_terms(table, step, layers[i], part, z, y[i]);
+    });
+}
+
+// table.gate = silu(gate(x)) up(x), (num_rows, out).
+void project_gated(Table& table, const Step& step, int64_t gate, int64_t up, const float* x, int64_t num_rows,
+                   int64_t in) {
+    const int64_t width = table.weights[gate].out;
+    table.gate.resize(num_rows * width);
+    table.up.resize(num_rows * width);
+    const int64_t layers[] = {gate, up};
+    float* y[] = {table.gate.data(), table.up.data()};
+    shrink_all(table, step, {gate, up}, x, num_rows, in);
+    run_parts(table, {gate}, num_rows, [&](size_t, const Part& part) {
+        for (int i = 0; i < 2; ++i) {
+            multiply_part(table.weights[layers[i]], part, x, y[i]);
+            add_terms(table, step, layers[i], part, nullptr, y[i]);
+        }
+        const int64_t first = part.panel * kPanel, last = std::min(part.end_panel * kPanel, width);
+        for (int64_t row = part.row; row < part.end_row; ++row)
+            gated(y[0] + row * width + first, y[1] + row * width + first, y[0] + row * width + first,
+                  last - first);
+    });
+}
+
+using Sources = std::vector<const float*>;
+using Results = std::vector<float*>;
+
 struct One : ov::op::util::UnaryElementwiseArithmetic {
     OPENVINO_OP("One", "kasa", ov::op::util::UnaryElementwiseArithmetic);
 };
@@ -237,7 +380,8 @@ class RowWise : public Inputs {
 public:
     RowWise() = default;
     RowWise(const ov::OutputVector& arguments, const RowWise& like)
-        : table_(like.table_), layers_(like.layers_), next_(like.next_), step_(like.step_) {
+        : table_(like.table_), layers_(like.layers_), next_(like.next_), sizes_(like.sizes_),
+          step_(like.step_) {
         this->set_arguments(arguments);
         this->constructor_validate_and_infer_types();
     }
@@ -254,6 +398,7 @@ public:
         visitor.on_attribute("table", table_);
         visitor.on_attribute("layers", layers_);
         visitor.on_attribute("next", next_);
+        visitor.on_attribute("sizes", sizes_);
         visitor.on_attribute("step", step_);
         return true;
     }
@@ -267,20 +412,22 @@ public:
         if (size == 0) return true;  // no logits are wanted
         OPENVINO_ASSERT(num_rows && size % num_rows == 0, "want a row for each of ", num_rows,
                         " tokens, got ", inputs[0].get_shape());
-        std::vector<const float*> rows;
+        Sources rows;
         for (const ov::Tensor& input : inputs) {
             OPENVINO_ASSERT(input.get_size() == size, "want inputs of one shape, got ",
                             inputs[0].get_shape(), " and ", input.get_shape());
             rows.push_back(input.data<const float>());
         }
-        static_cast<const Derived*>(this)->run(table, step, rows, outputs[0].data<float>(), num_rows,
-                                               size / num_rows);
+        Results results;
+        for (ov::Tensor& output : outputs) results.push_back(output.data<float>());
+        static_cast<const Derived*>(this)->run(table, step, rows, results, num_rows, size / num_rows);
         return true;
     }
 
 protected:
     int64_t table_ = 0;
     std::vector<int64_t> layers_, next_;  // next_: those that read the result
+    std::vector<int64_t> sizes_;  // out features of each layer, where results have a width of their own
     int64_t step_ = 0;
 };
 
@@ -318,10 +465,10 @@ public:
     OPENVINO_OP("Shrink", "kasa", One);
     using RowWise::RowWise;
 
-    void run(Table& table, const Step& step, const std::vector<const float*>& inputs, float* copy,
-             int64_t num_rows, int64_t in) const {
-        std::memcpy(copy, inputs[0], num_rows * in * sizeof(float));
-        shrink_all(table, step, layers_, copy, num_rows, in);
+    void run(Table& table, const Step& step, const Sources& inputs, const Results& copy, int64_t num_rows,
+             int64_t in) const {
+        std::memcpy(copy[0], inputs[0], num_rows * in * sizeof(float));
+        shrink_all(table, step, layers_, copy[0], num_rows, in);
     }
 };
 
@@ -330,9 +477,9 @@ public:
     OPENVINO_OP("Expand", "kasa", One);
     using RowWise::RowWise;
 
-    void run(Table& table, const Step& step, const std::vector<const float*>& inputs, float* y,
-             int64_t num_rows, int64_t out) const {
-        expand_all(table, step, layers_[0], inputs[0], nullptr, y, num_rows, out);
+    void run(Table& table, const Step& step, const Sources& inputs, const Results& y, int64_t num_rows,
+             int64_t out) const {
+        expand_all(table, step, layers_[0], inputs[0], nullptr, y[0], num_rows, out);
     }
 };
 
@@ -341,9 +488,9 @@ public:
     OPENVINO_OP("ExpandAdd", "kasa", Two);
     using RowWise::RowWise;
 
-    void run(Table& table, const Step& step, const std::vector<const float*>& inputs, float* y,
-             int64_t num_rows, int64_t out) const {
-        expand_all(table, step, layers_[0], inputs[0], inputs[1], y, num_rows, out);
+    void run(Table& table, const Step& step, const Sources& inputs, const Results& y, int64_t num_rows,
+             int64_t out) const {
+        expand_all(table, step, layers_[0], inputs[0], inputs[1], y[0], num_rows, out);
     }
 };
 
@@ -352,8 +499,8 @@ public:
     OPENVINO_OP("ExpandGated", "kasa", Two);
     using RowWise::RowWise;
 
-    void run(Table& table, const Step& step, const std::vector<const float*>& inputs, float* y,
-             int64_t num_rows, int64_t out) const {
+    void run(Table& table, const Step& step, const Sources& inputs, const Results& y, int64_t num_rows,
+             int64_t out) const {
         const int64_t gate = layers_[0], up = layers_[1];
         const int64_t strides[] = {table.stride(gate, step), table.stride(up, step)};
         const float* h[] = {table.hidden[gate].data(), table.hidden[up].data()};
@@ -365,10 +512,76 @@ public:
                 for (int k = 0; k < 2; ++k)
                     expand(inputs[k] + row, strip[k], first, last, table.of(layers_[k], block),
                            h[k] + i * strides[k]);
-                gated(strip[0], strip[1], y + row + first, last - first);
+                gated(strip[0], strip[1], y[0] + row + first, last - first);
             }
         });
-        shrink_all(table, step, next_, y, num_rows, out);
+        shrink_all(table, step, next_, y[0], num_rows, out);
+    }
+};
+
+// One or several layers that read the same x; as they give it another width, the plugin asks for the
+// shapes of the results.
+class Linears : public RowWise<Linears, ov::op::Op> {
+public:
+    OPENVINO_OP("Linears", "kasa");
+
+    Linears() = default;
+    Linears(const ov::OutputVector& arguments, const RowWise& like) : RowWise(arguments, like) {
+        constructor_validate_and_infer_types();
+    }
+
+    void validate_and_infer_types() override {
+        ov::PartialShape shape = get_input_partial_shape(0);
+        set_output_size(sizes_.size());
+        for (size_t i = 0; i < sizes_.size(); ++i) {
+            shape[shape.size() - 1] = sizes_[i];
+            set_output_type(i, get_input_element_type(0), shape);
+        }
+    }
+
+    void run(Table& table, const Step& step, const Sources& inputs, const Results& y, int64_t num_rows,
+             int64_t in) const {
+        project(table, step, layers_, inputs[0], nullptr, y, num_rows, in);
+    }
+};
+
+class LinearAdd : public RowWise<LinearAdd, Two> {
+public:
+    OPENVINO_OP("LinearAdd", "kasa", Two);
+    using RowWise::RowWise;
+
+    void run(Table& table, const Step& step, const Sources& inputs, const Results& y, int64_t num_rows,
+             int64_t in) const {
+        project(table, step, layers_, inputs[0], inputs[1], y, num_rows, in);
+    }
+};
+
+// y = down(silu(gate(x)) up(x)) + z of layers = {gate, up, down}; z may be null.
+void gated_mlp(Table& table, const Step& step, const std::vector<int64_t>& layers, const float* x,
+               const float* z, const std::vector<float*>& y, int64_t num_rows, int64_t in) {
+    project_gated(table, step, layers[0], layers[1], x, num_rows, in);
+    project(table, step, {layers[2]}, table.gate.data(), z, y, num_rows, table.weights[layers[0]].out);
+}
+
+class GatedMlp : public RowWise<GatedMlp, One> {
+public:
+    OPENVINO_OP("GatedMlp", "kasa", One);
+    using RowWise::RowWise;
+
+    void run(Table& table, const Step& step, const Sources& inputs, const Results& y, int64_t num_rows,
+             int64_t in) const {
+        gated_mlp(table, step, layers_, inputs[0], nullptr, y, num_rows, in);
+    }
+};
+
+class GatedMlpAdd : public RowWise<GatedMlpAdd, Two> {
+public:
+    OPENVINO_OP("GatedMlpAdd", "kasa", Two);
+    using RowWise::RowWise;
+
+    void run(Table& table, const Step& step, const Sources& inputs, const Results& y, int64_t num_rows,
+             int64_t in) const {
+        gated_mlp(table, step, layers_, inputs[0], inputs[1], y, num_rows, in);
     }
 };
 
@@ -378,15 +591,51 @@ OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
     {std::make_shared<ov::OpExtension<kasa::Shrink>>(), std::make_shared<ov::OpExtension<kasa::Expand>>(),
      std::make_shared<ov::OpExtension<kasa::ExpandAdd>>(),
      std::make_shared<ov::OpExtension<kasa::ExpandGated>>(),
-     std::make_shared<ov::OpExtension<kasa::Barrier>>()}));
+     std::make_shared<ov::OpExtension<kasa::Barrier>>(),
+     std::make_shared<ov::OpExtension<kasa::Linears>>(), std::make_shared<ov::OpExtension<kasa::LinearAdd>>(),
+     std::make_shared<ov::OpExtension<kasa::GatedMlp>>(),
+     std::make_shared<ov::OpExtension<kasa::GatedMlpAdd>>()}));
 
 extern "C" {
 
-kasa::Table* kasa_table_new(int64_t num_layers, int64_t num_sets) {
+// shapes: (out, in) of each layer.
+kasa::Table* kasa_table_new(int64_t num_layers, const int64_t* shapes, int64_t num_sets) {
     auto* table = new kasa::Table;
+    for (int64_t i = 0; i < num_layers; ++i)
+        table->weights.push_back({nullptr, shapes[2 * i], shapes[2 * i + 1]});
     table->terms.assign(num_layers, std::vector<std::vector<kasa::Term>>(num_sets));
     table->hidden.resize(num_layers);
     return table;
+}
+
+// From now on packed[i] is the weight of layers[i].
+void kasa_table_use(kasa::Table* table, int64_t count, const int64_t* layers, const float* const* packed) {
+    for (int64_t i = 0; i < count; ++i) table->weights[layers[i]].packed = packed[i];
+}
+
+// to[i] = from[i] + sum_j c_j b_j a_j^T over a set's terms of layers[i]; all packed, and from[i] may be
+// to[i].
+void kasa_table_fold(const kasa::Table* table, int64_t set, int64_t count, const int64_t* layers,
+                     const float* const* from, float* const* to) {
+    tbb::task_arena arena(tbb::task_arena::automatic, 1, tbb::task_arena::priority::low);  // steps come first
+    arena.execute([=] {
+        tbb::parallel_for(int64_t(0), count, [=](int64_t i) {
+            kasa::fold(table->terms[layers[i]][set], table->weights[layers[i]], from[i], to[i]);
+        });
+    });
+}
+
+// Of weight (out, in), whose element (i, k) lies at i out_stride + k in_stride.
+void kasa_pack(const float* weight, int64_t out, int64_t in, int64_t out_stride, int64_t in_stride,
+               float* packed) {
+    tbb::parallel_for(int64_t(0), kasa::num_panels(out), [=](int64_t panel) {
+        const int64_t first = panel * kasa::kPanel, width = std::min(kasa::kPanel, out - first);
+        const float* rows = weight + first * out_stride;
+        float* to = packed + first * in;
+        for (int64_t k = 0; k < in; ++k, to += kasa::kPanel)
+            for (int64_t i = 0; i < kasa::kPanel; ++i)
+                to[i] = i < width ? rows[i * out_stride + k * in_stride] : 0;
+    });
 }
 
 void kasa_table_free(kasa::Table* table) { delete table; }

@@ -20,7 +20,7 @@ from kasa_runtime.home import kasa_home
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("lowrank.cpp")
+SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("lowrank.cpp", "product.hpp"))
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 
@@ -29,7 +29,14 @@ def compiled_library() -> Path:
     """The shared library. Raises ModelError where it cannot be built."""
     compiler = find_compiler()
     version = _run([compiler, "--version"])
-    parts = (SOURCE.read_text(), ov.__version__, version, _processor(), " ".join(FLAGS))
+    parts = (
+        SOURCE.read_text(),
+        HEADER.read_text(),
+        ov.__version__,
+        version,
+        _processor(),
+        " ".join(FLAGS),
+    )
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     final = kasa_home() / "native" / f"lowrank-{digest}"
     library = final / f"liblowrank{sysconfig.get_config_var('SHLIB_SUFFIX')}"

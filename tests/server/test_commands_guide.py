@@ -1,0 +1,72 @@
+"""docs/commands.md names every command, and every field that `--json` prints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+
+from kasa_runtime.cli import cli
+from kasa_runtime.types import (
+    AdapterInfo,
+    AdapterMethod,
+    AdapterState,
+    AdapterTier,
+    FinishReason,
+    Mode,
+    ModelInfo,
+    TokenChunk,
+)
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "commands.md").read_text(encoding="utf-8")
+SHOWN = dict(re.findall(r"^    kasa ((?:adapters |model )?[a-z]+)( .*)", GUIDE, re.MULTILINE))
+
+
+def commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{name} ")
+        else:
+            yield prefix + name, command
+
+
+COMMANDS = dict(commands(cli))
+
+
+def test_every_command_is_shown_and_every_one_that_is_shown_exists() -> None:
+    assert SHOWN.keys() == COMMANDS.keys()
+
+
+def test_every_flag_that_is_shown_exists() -> None:
+    for name, line in SHOWN.items():
+        known = {flag for parameter in COMMANDS[name].params for flag in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", line)) <= known, name
+
+
+@pytest.mark.parametrize("name", COMMANDS.keys() - {"serve", "completion", "experiment"})
+def test_every_command_with_a_result_has_it_as_json(name: str) -> None:
+    assert any("--json" in parameter.opts for parameter in COMMANDS[name].params)
+    last = name.rpartition(" ")[2]
+    assert re.search(rf"^\| .*\b{last}\b.* \|", GUIDE, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("title", "result", "enums"),
+    [
+        ("adapter", AdapterInfo, (AdapterState, AdapterMethod, AdapterTier)),
+        ("model", ModelInfo, ()),
+        ("generation", TokenChunk, (FinishReason, Mode)),
+    ],
+)
+def test_the_forms_are_those_that_are_printed(title: str, result: type, enums: tuple) -> None:
+    (paragraph,) = re.findall(rf"^\*\*{title}\*\*: ((?:.+\n)+)", GUIDE, re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", paragraph))
+    values = {member.value for enum in enums for member in enum}
+    assert named == {field.name for field in fields(result)} | values
