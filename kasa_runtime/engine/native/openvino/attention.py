@@ -13,7 +13,6 @@ import openvino as ov
 import openvino.opset13 as ops
 from openvino.op import _PagedAttentionExtension
 
-from kasa_runtime.engine.native import huge_pages
 from kasa_runtime.errors import ModelError
 
 if TYPE_CHECKING:
@@ -140,7 +139,8 @@ def allocate(compiled: Any, num_blocks: int) -> tuple[dict[str, Any], mmap.mmap]
     """Cache tensors (float32) by input name, zeroed, and the memory in which they lie."""
     shapes = {name: (num_blocks, *shape) for name, shape in block_shapes(compiled).items()}
     sizes = [_whole_pages(4 * math.prod(shape)) for shape in shapes.values()]
-    memory = huge_pages.allocate(sum(sizes))
+    # The first step touches some of every layer: with huge pages, a start would zero them all.
+    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     starts = itertools.accumulate(sizes, initial=0)
     tensors = {
         name: ov.Tensor(np.ndarray(shape, np.float32, memory, start), shared_memory=True)

@@ -74,7 +74,7 @@ class OpenVinoExecutor(Executor):
             self._require_parity(model, TOLERANCE)
             self._require_split_prompts(model)
             self._set_options(plugin_options(config))
-        huge_pages.settle_in_background(memory)
+        huge_pages.settle_in_background(memory, self._graph.packed.settle)
 
     def run(self, batch: PackedBatch) -> Tensor:
         self._low_rank.begin(batch)
@@ -221,7 +221,7 @@ class OpenVinoExecutor(Executor):
             require_split_prompts(self, model.info.architecture, 0.01)
             return {"agree": True}
 
-        remembered("split-prompts", {"model": model.key}, check)
+        remembered("split-prompts", {"model": model.directory.name}, check)
 
     def _switch(self, weights: Weights, merged: Packed, slot: int) -> Commit:
         def commit() -> None:
