@@ -33,13 +33,21 @@ MADV_COLLAPSE = 25
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 PRESENT = np.uint64(1 << 63)
 MAP_FIXED = 16
+ALIGNMENT = 2 << 20
 SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 PROCESS = Path("/proc/self")
 
 
+def reserve(num_bytes: int) -> mmap.mmap:
+    """Zeroed memory of the process's own. It is a multiple of `ALIGNMENT`, for Linux aligns only
+    such memory to huge pages."""
+    num_bytes = -(-max(1, num_bytes) // ALIGNMENT) * ALIGNMENT
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def allocate(num_bytes: int) -> mmap.mmap:
-    """Zeroed memory of the process's own, on huge pages where the system has them."""
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """`reserve`, on huge pages where the system has them."""
+    memory = reserve(num_bytes)
     want(memory)
     return memory
 
@@ -75,16 +83,12 @@ def show(file: int, memory: mmap.mmap) -> None:
 def own(memory: mmap.mmap) -> None:
     """Give memory that shows a file a content of its own, the same, beside whatever reads it: a
     file's pages are small. Best effort: kernels before Linux 5.7 keep showing the file."""
-    libc, view = _libc(), np.frombuffer(memory, np.uint8)
-    for start in range(0, view.nbytes, POPULATED_AT_ONCE):
-        piece = view[start : start + POPULATED_AT_ONCE]
-        copy = allocate(piece.nbytes)
-        source = np.frombuffer(copy, np.uint8)
-        np.copyto(source, piece)
-        flags = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
-        size, to = piece.nbytes, piece.ctypes.data
-        if libc.mremap(source.ctypes.data, size, size, flags, ctypes.c_void_p(to)) != to:
-            return
+    shown = np.frombuffer(memory, np.uint8)
+    copy = np.frombuffer(allocate(shown.nbytes), np.uint8)
+    np.copyto(copy, shown)
+    flags = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
+    to = ctypes.c_void_p(shown.ctypes.data)
+    _libc().mremap(copy.ctypes.data, copy.nbytes, copy.nbytes, flags, to)
 
 
 def collapse() -> int:

@@ -13,6 +13,7 @@ import openvino as ov
 import openvino.opset13 as ops
 from openvino.op import _PagedAttentionExtension
 
+from kasa_runtime.engine.native import huge_pages
 from kasa_runtime.errors import ModelError
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def allocate(compiled: Any, num_blocks: int) -> tuple[dict[str, Any], mmap.mmap]
     shapes = {name: (num_blocks, *shape) for name, shape in block_shapes(compiled).items()}
     sizes = [_whole_pages(4 * math.prod(shape)) for shape in shapes.values()]
     # The first step touches some of every layer: with huge pages, a start would zero them all.
-    memory = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = huge_pages.reserve(sum(sizes))
     starts = itertools.accumulate(sizes, initial=0)
     tensors = {
         name: ov.Tensor(np.ndarray(shape, np.float32, memory, start), shared_memory=True)

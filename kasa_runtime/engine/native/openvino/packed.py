@@ -27,7 +27,7 @@ class PackedWeights(Mapping[str, NDArray[np.float32]]):
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         sizes = [packed_size(*shape) for shape in shapes.values()]
-        self._memory = huge_pages.allocate(max(1, 4 * sum(sizes)))
+        self._memory = huge_pages.allocate(4 * sum(sizes))
         floats = np.frombuffer(self._memory, np.float32, sum(sizes))
         ends = accumulate(sizes)
         self._made_of = repr((LAYOUT, PANEL, list(shapes.items())))
