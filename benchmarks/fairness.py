@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.peers.bench import machine
+from benchmarks.peers.bench import machine, save
 from benchmarks.peers.measures import Spread
 from benchmarks.peers.report import show
 from kasa_runtime.engine.config import EngineConfig
@@ -137,14 +136,7 @@ def main(arguments: argparse.Namespace) -> None:
         print("  ".join(each), flush=True)
     spreads = report(rounds)
     print("\n" + "\n".join(f"{k:45} {show(v, digits=2)}" for k, v in spreads.items()))
-    if arguments.json:
-        whole = {
-            "machine": machine(),
-            "settings": {k: str(v) for k, v in vars(arguments).items() if k != "json"},
-            "rounds": [{name: asdict(found) for name, found in r.items()} for r in rounds],
-            "summary": {name: asdict(spread) for name, spread in spreads.items()},
-        }
-        arguments.json.write_text(json.dumps(whole, indent=2) + "\n")
+    save(arguments, [{name: asdict(found) for name, found in r.items()} for r in rounds], spreads)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import tempfile
@@ -34,7 +33,7 @@ import torch
 
 from benchmarks.merging import gaps, streams
 from benchmarks.peers.adapters import RANK, adapters_dir
-from benchmarks.peers.bench import machine
+from benchmarks.peers.bench import machine, save
 from benchmarks.peers.cases import adapter_name
 from benchmarks.peers.measures import Spread
 from benchmarks.peers.report import show
@@ -189,15 +188,7 @@ def main(arguments: argparse.Namespace) -> None:
     spreads = {name: Spread.of(values) for name, values in found.items()}
     print("\n" + "\n".join(f"{name:26} {value:.3f}" for name, value in single.items()))
     print("\n".join(f"{name:26} {show(v, digits=3)}" for name, v in spreads.items()))
-    if arguments.json:
-        report = {
-            "machine": machine(),
-            "settings": {k: str(v) for k, v in vars(arguments).items() if k != "json"},
-            "once": single,
-            "rounds": found,
-            "summary": {name: asdict(spread) for name, spread in spreads.items()},
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(arguments, found, spreads, once=single)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import tempfile
 import time
@@ -27,7 +26,7 @@ from shutil import copytree
 
 import numpy as np
 
-from benchmarks.peers.bench import machine
+from benchmarks.peers.bench import machine, save
 from benchmarks.peers.measures import Spread
 from benchmarks.peers.report import show
 from kasa_runtime.adapter import checkpoint
@@ -171,14 +170,7 @@ def main(arguments: argparse.Namespace) -> None:
         rounds = asyncio.run(run(arguments, Path(scratch)))
     spreads = {f.name: Spread.of(getattr(r, f.name) for r in rounds) for f in fields(Round)}
     print("\n" + "\n".join(f"{k:22} {show(v, digits=3)}" for k, v in spreads.items()))
-    if arguments.json:
-        report = {
-            "machine": machine(),
-            "settings": {k: str(v) for k, v in vars(arguments).items() if k != "json"},
-            "rounds": [asdict(r) for r in rounds],
-            "summary": {name: asdict(spread) for name, spread in spreads.items()},
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(arguments, [asdict(r) for r in rounds], spreads)
 
 
 if __name__ == "__main__":

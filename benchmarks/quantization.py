@@ -100,7 +100,7 @@ def load_adapters(executor: Executor, base: BaseModel, tasks: list[Task]) -> Non
     tails = TailCache(base)
     for task in tasks:
         adapter = checkpoint.read(ROOT / "adapters" / task.name, base)
-        executor.prepare_load(task.slot, fold(adapter, f"{task.name}@1"), tails)()
+        executor.prepare_slots({task.slot: fold(adapter, f"{task.name}@1")}, tails)()
 
 
 def measure(executor: Executor, task: Task, slot: int, num_tokens: int) -> Measured:

@@ -13,7 +13,6 @@ of each fills the caches, the page cache too, and is not counted.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.bench import machine
+from benchmarks.peers.bench import machine, save
 from benchmarks.peers.measures import Spread
 from benchmarks.peers.report import show
 from kasa_runtime.base_model.source import resolve
@@ -128,15 +127,7 @@ def main(arguments: argparse.Namespace) -> None:
             print("  ".join(f"{k} {v:.2f}" for k, v in asdict(found).items()), flush=True)
     spreads = {f.name: Spread.of(getattr(r, f.name) for r in rounds) for f in fields(Round)}
     print("\n" + "\n".join(f"{k:14} {show(v, digits=2)}" for k, v in spreads.items()))
-    if arguments.json:
-        report = {
-            "machine": machine(),
-            "settings": {k: str(v) for k, v in vars(arguments).items() if k != "json"},
-            "libraries": LIBRARIES,
-            "rounds": [asdict(r) for r in rounds],
-            "summary": {name: asdict(spread) for name, spread in spreads.items()},
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(arguments, [asdict(r) for r in rounds], spreads, libraries=LIBRARIES)
 
 
 if __name__ == "__main__":

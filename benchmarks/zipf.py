@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.peers.adapters import adapters_dir
-from benchmarks.peers.bench import machine
+from benchmarks.peers.bench import machine, save
 from benchmarks.peers.cases import FIRST_TOKEN_ID, adapter_name, zipf_choice
 from benchmarks.peers.measures import Spread
 from benchmarks.peers.report import show
@@ -110,14 +108,7 @@ def main(arguments: argparse.Namespace) -> None:
     found = asyncio.run(run(arguments, directory))
     spreads = {name: Spread.of(values) for name, values in found.items()}
     print("\n" + "\n".join(f"{name:12} {show(v, digits=3)}" for name, v in spreads.items()))
-    if arguments.json:
-        report = {
-            "machine": machine(),
-            "settings": {k: str(v) for k, v in vars(arguments).items() if k != "json"},
-            "rounds": found,
-            "summary": {name: asdict(spread) for name, spread in spreads.items()},
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(arguments, found, spreads)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,8 @@ def _chat(messages: Sequence[t.ChatMessage] | None) -> Any:
 
 
 def upload_messages(directory: Path, options: UploadOptions) -> Iterator[Any]:
-    """The manifest, then the files in chunks. Raises AdapterInvalid when a file is missing."""
+    """The manifest, then the files in chunks. Raises AdapterInvalid when a file is missing or
+    cannot be read."""
     missing = [name for name in REQUIRED_FILES if not (directory / name).is_file()]
     if missing:
         raise errors.AdapterInvalid(f"{directory} is no adapter: it has no {', '.join(missing)}")
@@ -200,9 +201,13 @@ def _upload_messages(manifest: Any, paths: list[Path], progress: Progress | None
 
 
 def _upload_file(path: Path) -> Any:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return adapters_pb2.UploadFile(path=path.name, size=path.stat().st_size, sha256=digest)
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = path.stat().st_size
+    except OSError as error:
+        raise errors.AdapterInvalid(f"{path} cannot be read: {error.strerror or error}") from error
+    return adapters_pb2.UploadFile(path=path.name, size=size, sha256=digest)
 
 
 # Responses
@@ -306,7 +311,7 @@ def _unexplained(code: grpc.StatusCode, message: str, address: str) -> Exception
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TimeoutError(message)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return errors.KasaError(
+        return errors.Unreachable(
             f"no answer from {address} ({message}); is `kasa serve` running there?"
         )
     return errors.KasaError(f"{address} answered {code.name}: {message}")

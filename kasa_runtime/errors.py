@@ -18,6 +18,7 @@
     │   └── ShuttingDown          try again elsewhere
     ├── CapacityExceeded          does not fit the engine's settings, now or ever
     ├── EngineDead                the step thread has ended
+    ├── Unreachable               no server answers; raised by clients alone
     └── TrainingError
         └── DataError             a row or a file of training data is wrong; names both
 
@@ -120,6 +121,10 @@ class CapacityExceeded(KasaError):
 
 class EngineDead(KasaError):
     """The engine's step thread has ended; the process should be restarted."""
+
+
+class Unreachable(KasaError):
+    """No server answers at an address. Raised by clients."""
 
 
 class TrainingError(KasaError):

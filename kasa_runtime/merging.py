@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from kasa_runtime.errors import ConfigError, EngineDead, KasaError
+from kasa_runtime.errors import AdapterNotFound, ConfigError, EngineDead, KasaError
 from kasa_runtime.types import BASE, Observer
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,11 @@ class MergePolicy:
         for the dwell time."""
         self._switched_s = self._clock()
 
+    def forget(self, adapter: str) -> None:
+        """Leave it out: it is there no more."""
+        for _, counts in self._buckets:
+            del counts[adapter]
+
     def _forget_old(self, now_s: float) -> None:
         while self._buckets and self._buckets[0][0] <= now_s - self._config.merge_window_s:
             self._buckets.popleft()
@@ -170,7 +175,11 @@ class AutoMerge:
         if wanted == BASE:
             await self._manager.unmerge()
         else:
-            await self._manager.merge(wanted)
+            try:
+                await self._manager.merge(wanted)
+            except AdapterNotFound:
+                self.policy.forget(wanted)
+                return
         self.policy.switched()
 
 

@@ -13,12 +13,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 from kasa_runtime.adapter.names import is_name
 from kasa_runtime.admission import Admission, Visit
@@ -52,9 +52,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
-
-Beginning: TypeAlias = "tuple[Path, Begun | None]"
-"""The model's directory, and the graph that is being built of it."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +129,28 @@ class RuntimeConfig:
             )
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """A start that is under way. `graph`: where one is being compiled."""
+
+    model_dir: Path
+    graph: Begun | None
+    tokenizer: Future[Tokenizer]
+
+
 def begin(config: RuntimeConfig) -> Beginning:
     """Find the model and begin what can be begun without torch, so that a program may import what
     else it needs before it calls `Runtime.create`. Raises ModelError."""
     from kasa_runtime.base_model.source import resolve
     from kasa_runtime.engine.factory import begin as begin_graph
+    from kasa_runtime.tokenizer import Tokenizer
 
     model_dir = resolve(config.model)
-    if config.engine != "native":
-        return model_dir, None
-    return model_dir, begin_graph(model_dir, config.native)
+    graph = begin_graph(model_dir, config.native) if config.engine == "native" else None
+    reader = ThreadPoolExecutor(1, "kasa-tokenizer")
+    tokenizer = reader.submit(Tokenizer, model_dir)
+    reader.shutdown(wait=False)
+    return Beginning(model_dir, graph, tokenizer)
 
 
 class Runtime:
@@ -185,18 +194,17 @@ class Runtime:
         observer = observer or Observer()
         if begun is None:
             begun = await in_background(begin, config)
-        model_dir, graph = begun
+        model_dir = begun.model_dir
         # Here and not before: torch is imported while what was begun goes on.
         from kasa_runtime.adapter.manager import AdapterManager
         from kasa_runtime.adapter.store import AdapterStore
         from kasa_runtime.adapter.tails import TailCache
         from kasa_runtime.engine.factory import make_engine
-        from kasa_runtime.tokenizer import Tokenizer
 
         tails = await in_background(TailCache.for_model, model_dir)
         store = AdapterStore(config.adapters_dir, config.keep_versions)
-        engine = make_engine(config.engine, model_dir, tails, config.native, graph)
-        tokenizer = await _start(engine, in_background(Tokenizer, model_dir))
+        engine = make_engine(config.engine, model_dir, tails, config.native, begun.graph)
+        tokenizer = await _start(engine, begun.tokenizer)
         manager = AdapterManager(
             store,
             tails,
@@ -469,12 +477,13 @@ class Runtime:
             yield lease
 
 
-async def _start(engine: Engine, reading_tokenizer: Coroutine[Any, Any, Tokenizer]) -> Tokenizer:
-    """Both at the same time; raises what either does, and then leaves no engine running."""
-    reading = asyncio.create_task(reading_tokenizer)
+async def _start(engine: Engine, tokenizer: Future[Tokenizer]) -> Tokenizer:
+    """Wait for both; raises what either does, and then leaves no engine running."""
+    reading = asyncio.wrap_future(tokenizer)
     starting = asyncio.create_task(engine.start())
-    await asyncio.wait([reading, starting])
-    errors = [error for task in (reading, starting) if (error := task.exception())]
+    both: list[asyncio.Future[Any]] = [reading, starting]
+    await asyncio.wait(both)
+    errors = [error for task in both if (error := task.exception())]
     if errors and starting.exception() is None:
         await engine.close()
     for error in errors:

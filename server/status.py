@@ -83,6 +83,7 @@ RULES: dict[type[errors.KasaError], Rule] = {
     # Not raised while serving; should one come up all the same, the client cannot help it.
     errors.ConfigError: Rule(StatusCode.INTERNAL),
     errors.ModelError: Rule(StatusCode.INTERNAL),
+    errors.Unreachable: Rule(StatusCode.INTERNAL),
     errors.TrainingError: Rule(StatusCode.INTERNAL),
     errors.DataError: Rule(StatusCode.INTERNAL),
     errors.KasaError: Rule(StatusCode.INTERNAL),

@@ -12,7 +12,7 @@ from adapter.making import ALL_LINEAR, write_adapter
 from engine.making import config, until
 
 from kasa_runtime.adapter.base import BaseModel
-from kasa_runtime.errors import ConfigError, EngineDead, KasaError
+from kasa_runtime.errors import AdapterNotFound, ConfigError, EngineDead, KasaError
 from kasa_runtime.merging import MIN_TOKENS, AutoMerge, MergeConfig, MergePolicy
 from kasa_runtime.runtime import Runtime, RuntimeConfig
 from kasa_runtime.types import BASE, AdapterState, GenerationRequest, Mode, Observer, SamplingParams
@@ -178,6 +178,23 @@ async def test_a_switch_that_fails_waits_for_the_dwell_time(clock: Clock) -> Non
     clock.now_s += 20
     count(policy, a=1000)
     await until(lambda: manager.merged == A)
+    await auto.close()
+
+
+async def test_what_was_deleted_is_forgotten(clock: Clock) -> None:
+    """And the next switch does not wait for it."""
+    manager, policy = (
+        Manager(error=AdapterNotFound("deleted", name="a")),
+        MergePolicy(SETTINGS, clock),
+    )
+    auto = AutoMerge(MergeConfig("auto", merge_window_s=0.01), manager, Observer(), policy)
+    count(policy, a=1000)
+    await until(lambda: manager.num_calls == 1)
+    await asyncio.sleep(0.02)
+    assert manager.num_calls == 1
+    manager.error = None
+    count(policy, b=1000)
+    await until(lambda: manager.merged == B)
     await auto.close()
 
 

@@ -8,9 +8,10 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,7 @@ from benchmarks.peers.adapters import adapters_dir
 from benchmarks.peers.cases import Case, Mix, cases
 from benchmarks.peers.child import KV_CACHE_GIB
 from benchmarks.peers.environments import PeerUnavailable, isolated
-from benchmarks.peers.measures import Record
+from benchmarks.peers.measures import Record, Spread
 from benchmarks.peers.process import Process
 from benchmarks.peers.report import Run
 from benchmarks.peers.systems import System
@@ -198,3 +199,19 @@ def machine() -> str:
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     cores = len(os.sched_getaffinity(0))
     return f"{found[1] if found else platform.machine()}, {cores} cores"
+
+
+def save(
+    arguments: Namespace, rounds: object, spreads: Mapping[str, Spread], **more: object
+) -> None:
+    """What a script measured, as JSON in the file that `arguments.json` names, if it does."""
+    if not arguments.json:
+        return
+    report = {
+        "machine": machine(),
+        "settings": {k: str(v) for k, v in vars(arguments).items() if k != "json"},
+        **more,
+        "rounds": rounds,
+        "summary": {name: asdict(spread) for name, spread in spreads.items()},
+    }
+    arguments.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 class AdapterHost(Protocol):
     """The engine, as far as the manager knows it (see `engine/base.py`)."""
 
-    async def load_adapter(self, adapter: AdapterWeights) -> None: ...
+    async def load_adapter(
+        self, adapter: AdapterWeights, instead_of: str | None = None
+    ) -> None: ...
     async def unload_adapter(self, key: str) -> None: ...
     async def merge_adapter(self, key: str) -> None: ...
     async def unmerge_adapter(self) -> None: ...
@@ -90,6 +92,7 @@ class Residency:
         self._resident: dict[str, Resident] = {}
         self._slot_freed = asyncio.Condition()
         self._waiting: deque[object] = deque()  # who waits for a slot, in order
+        self._leaving: dict[str, asyncio.Task[None]] = {}  # evicted, by those that load others
         self._merging = asyncio.Lock()
         self._keeping: set[asyncio.Task[None]] = set()
 
@@ -121,7 +124,7 @@ class Residency:
         key = key_of(info)
         async with self._slot_freed:
             if key not in self._resident and not self._waiting:
-                await self._try_load(info)
+                self._try_load(info)
         resident = self._resident.get(key)
         if resident is None:
             await self.host_tier.fetch(info, lambda: self._belongs_beside(key))
@@ -237,7 +240,7 @@ class Residency:
             try:
                 while key not in self._resident:
                     is_first = not self._waiting or self._waiting[0] is place
-                    if is_first and await self._try_load(info):
+                    if is_first and self._try_load(info):
                         break
                     self._permanent.require_others(self._resident)
                     if place not in self._waiting:
@@ -273,7 +276,7 @@ class Residency:
         async with self._slot_freed:
             self._slot_freed.notify_all()
 
-    async def _try_load(self, info: AdapterInfo) -> bool:
+    def _try_load(self, info: AdapterInfo) -> bool:
         """Begin to load a version into a free slot, or into that of the one that was not used for
         longest; False if all are held, merged or pinned."""
         key = key_of(info)
@@ -282,25 +285,27 @@ class Residency:
         if is_full and not idle:
             return False
         weights = self.host_tier.pop(key)  # before the other one needs a place there
-        if is_full:
-            oldest = min(idle, key=lambda k: self._resident[k].last_used)
-            try:
-                await finish(self._unload(oldest))
-            except BaseException:
-                if weights is not None and self._belongs_beside(key):
-                    self.host_tier.put(weights)
-                raise
-        loading = asyncio.create_task(self._load(info, weights), name=f"load {key}")
+        oldest = min(idle, key=lambda k: self._resident[k].last_used) if is_full else None
+        load = self._load(info, weights, oldest)
+        loading = asyncio.create_task(load, name=f"load {key}")
+        if oldest is not None:
+            self._evicted(oldest, loading)
         is_deleted = info.name not in self._catalog  # since the request was admitted
         self._resident[key] = Resident(loading, retired=is_deleted)
         return True
 
+    def _evicted(self, key: str, by: asyncio.Task[None]) -> None:
+        """It goes to the host tier, and leaves the engine when its successor enters."""
+        resident = self._resident.pop(key)
+        if resident.weights is not None and self._catalog.is_current(key):
+            self.host_tier.put(resident.weights)
+        self._leaving[key] = by
+        by.add_done_callback(lambda _: self._leaving.pop(key))
+
     async def _unload(self, key: str) -> None:
         with suppress(EngineDead):  # then nothing is in it any more
             await self._host.unload_adapter(key)
-        resident = self._resident.pop(key)
-        if resident.weights is not None and not resident.retired and self._catalog.is_current(key):
-            self.host_tier.put(resident.weights)
+        self._resident.pop(key)
         self._slot_freed.notify_all()
 
     def _belongs_beside(self, key: str) -> bool:
@@ -309,18 +314,25 @@ class Residency:
 
     # --- inside: loading --------------------------------------------------------------------------
 
-    async def _load(self, info: AdapterInfo, weights: AdapterWeights | None) -> None:
+    async def _load(
+        self, info: AdapterInfo, weights: AdapterWeights | None, evicted: str | None
+    ) -> None:
         """`weights`: if they were in the host tier."""
         key = key_of(info)
         resident = self._resident[key]
         try:
+            if key in self._leaving:  # evicted a moment ago
+                await asyncio.wait([self._leaving[key]])
             resident.weights = weights = weights or await self.host_tier.read(info)
             tails = in_background(self._loader.warm_tails, weights)
             await timed(self._observer, info.name, "tail", tails)
-            loading = self._host.load_adapter(weights)
+            loading = self._host.load_adapter(weights, instead_of=evicted)
             await timed(self._observer, info.name, "slot", loading)
         except BaseException:
             resident.failed, resident.weights = True, None
+            if evicted is not None:
+                with suppress(EngineDead):
+                    await finish(self._host.unload_adapter(evicted))
             raise
         finally:
             resident.ready = True

@@ -99,8 +99,9 @@ class Engine(ABC):
         KeyError when the adapter is not loaded, at the first iteration."""
 
     @abstractmethod
-    async def load_adapter(self, adapter: AdapterWeights) -> None:
-        """Put an adapter into a slot, while requests run; no-op if it is there.
+    async def load_adapter(self, adapter: AdapterWeights, instead_of: str | None = None) -> None:
+        """Put an adapter into a slot, while requests run; no-op if it is there. `instead_of`: the
+        key of one that leaves its slot at the same time, if it is in one.
 
         Raises CapacityExceeded when its rank or the number of slots does not allow it."""
 

@@ -122,8 +122,10 @@ class VllmEngine(Engine):
         finally:
             self._ids.discard(request.request_id)
 
-    async def load_adapter(self, adapter: AdapterWeights) -> None:
+    async def load_adapter(self, adapter: AdapterWeights, instead_of: str | None = None) -> None:
         self._require_alive()
+        if instead_of is not None:
+            await finish(self._unload(instead_of))
         await finish(self._load(adapter))
 
     async def unload_adapter(self, key: str) -> None:

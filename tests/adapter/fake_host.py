@@ -27,11 +27,16 @@ class FakeHost:
         """Make the next calls of a verb wait for the event."""
         return self.held.setdefault(verb, asyncio.Event())
 
-    async def load_adapter(self, adapter: AdapterWeights) -> None:
+    async def load_adapter(self, adapter: AdapterWeights, instead_of: str | None = None) -> None:
         assert adapter.key not in self.loaded
-        assert len(self.loaded) < self.max_slots
+        staying = self.loaded.keys() - {instead_of}
+        assert len(staying) < self.max_slots
+        if instead_of is not None:
+            assert instead_of in self.loaded
+            assert instead_of != self.merged
+            await self._act("unload", instead_of)
         await self._act("load", adapter.key)
-        self.loaded[adapter.key] = adapter
+        self.loaded = {key: self.loaded[key] for key in staying} | {adapter.key: adapter}
 
     async def unload_adapter(self, key: str) -> None:
         assert key in self.loaded

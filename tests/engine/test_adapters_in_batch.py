@@ -67,7 +67,7 @@ def loaded(
     """An executor whose slots 0, 1, 2 hold the adapters."""
     executor = executor_class(tiny_llama, config())
     for slot, adapter in enumerate(adapters):
-        executor.prepare_load(slot, adapter, tails)()
+        executor.prepare_slots({slot: adapter}, tails)()
     return executor
 
 
@@ -123,7 +123,7 @@ def test_the_last_layers_adapters_follow_the_rows_whose_logits_are_asked(
 ) -> None:
     adapter = make_deltas(base, "head@1", ("lm_head", "v_proj"), r=4, t=2, seed=5)
     executor = executor_class(tiny_llama, config())
-    executor.prepare_load(0, adapter, tails)()
+    executor.prepare_slots({0: adapter}, tails)()
     parts = [SequenceSlice(5, 0, range(2), NO_SLOT), SequenceSlice(7, 0, range(4, 6), 0)]
     logits = executor.run(PackedBatch.pack(prompt(5) + prompt(7), parts, [4, 10, 11]))
     own = logits_of(load_adapted(tiny_llama, adapter, tails), prompt(7))
@@ -217,7 +217,7 @@ def test_a_hundred_swaps_leave_the_weights_of_a_fresh_load(
     loaded.prepare_unmerge()()
     assert_bitwise(loaded.weights(), fresh)
     for slot in range(3):
-        loaded.prepare_unload(slot)()
+        loaded.prepare_slots({slot: None}, tails)()
     assert_bitwise(loaded.weights(), fresh)
 
 
@@ -231,7 +231,7 @@ def test_merging_a_plain_lora_decomposes_nothing(
     monkeypatch.setenv("KASA_HOME", str(tmp_path))
     tails = TailCache(base)
     executor = TorchExecutor(tiny_llama, config())
-    executor.prepare_load(0, adapters[2], tails)()
+    executor.prepare_slots({0: adapters[2]}, tails)()
     executor.prepare_merge(0, tails)()
     assert {tails.cached_rank(name) for name in adapters[2].modules} == {0}
 
@@ -239,7 +239,7 @@ def test_merging_a_plain_lora_decomposes_nothing(
 def test_base_weights_are_those_on_disk(loaded: Any, base: BaseModel, tails: MemoryTails) -> None:
     """Loading, unloading and merging leave the pristine weights as they were read."""
     for slot in (0, 1):
-        loaded.prepare_unload(slot)()
+        loaded.prepare_slots({slot: None}, tails)()
     assert_bitwise(loaded.weights(), {name: base.weight(name) for name in base.modules})
 
 
@@ -291,12 +291,12 @@ def test_a_slot_is_reused_cleanly(
     """Layers of the adapter that was there before do not stay behind."""
     executor = executor_class(tiny_llama, config())
     for adapter in (adapters[0], adapters[1], adapters[0], adapters[2]):
-        executor.prepare_load(0, adapter, tails)()
+        executor.prepare_slots({0: adapter}, tails)()
         part = SequenceSlice(9, 0, range(4), 0)
         logits = executor.run(PackedBatch.pack(prompt(9), [part], list(range(9))))
         reference = logits_of(adapted[adapter.key], prompt(9))
         assert float((logits - reference).abs().max()) < TOLERANCE
-        executor.prepare_unload(0)()
+        executor.prepare_slots({0: None}, tails)()
 
 
 async def test_loading_twice_and_unloading_what_is_not_there_are_no_ops(
@@ -359,11 +359,8 @@ class SlowToCommit(TorchExecutor):
 
         return wait_and_commit
 
-    def prepare_load(self, *args: Any) -> Commit:
-        return self._slow(super().prepare_load(*args))
-
-    def prepare_unload(self, *args: Any) -> Commit:
-        return self._slow(super().prepare_unload(*args))
+    def prepare_slots(self, *args: Any) -> Commit:
+        return self._slow(super().prepare_slots(*args))
 
     def prepare_merge(self, *args: Any) -> Commit:
         return self._slow(super().prepare_merge(*args))

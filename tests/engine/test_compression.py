@@ -90,7 +90,7 @@ def with_adapters(
     executor: OpenVinoExecutor, adapters: list[AdapterWeights], tails: MemoryTails
 ) -> OpenVinoExecutor:
     for slot, adapter in enumerate(adapters):
-        executor.prepare_load(slot, adapter, tails)()
+        executor.prepare_slots({slot: adapter}, tails)()
     return executor
 
 

@@ -368,10 +368,10 @@ async def test_a_change_that_is_prepared_while_it_closes_fails_as_such(
     preparing = threading.Event()
 
     class SlowToPrepare(TorchExecutor):
-        def prepare_load(self, *args: Any) -> Commit:
+        def prepare_slots(self, *args: Any) -> Commit:
             preparing.set()
             time.sleep(0.2)
-            return super().prepare_load(*args)
+            return super().prepare_slots(*args)
 
     async with asyncio.timeout(10), running(tiny_llama, tails, make=SlowToPrepare) as engine:
         loading = asyncio.create_task(engine.load_adapter(adapters[0]))

@@ -179,9 +179,9 @@ def test_tails_that_differ_between_layers_and_adapters(
     adapters = [*alike, fewer, uneven]
     executor = OpenVinoExecutor(tiny_llama, config())
     for slot, adapter in enumerate(adapters):
-        executor.prepare_load(slot, adapter, tails)()
-    executor.prepare_unload(0)()
-    executor.prepare_load(0, adapters[0], tails)()
+        executor.prepare_slots({slot: adapter}, tails)()
+    executor.prepare_slots({0: None}, tails)()
+    executor.prepare_slots({0: adapters[0]}, tails)()
     want = [logits_of(load_adapted(tiny_llama, a, tails), prompt(11)) for a in adapters]
     for slot, found in enumerate(rows(executor, 11, [0, 1, 2, 3])):
         assert largest(found, want[slot]) < 2e-4, adapters[slot].key
@@ -204,9 +204,9 @@ def test_a_load_that_fails_leaves_nothing_behind(
     executor = OpenVinoExecutor(tiny_llama, config())
     broken = make_deltas(base, "a@1", (*LAYERS, "lm_head"), r=4, t=4, seed=1)
     with pytest.raises(OSError, match="gone"):
-        executor.prepare_load(0, broken, Failing())
+        executor.prepare_slots({0: broken}, Failing())
     other = make_deltas(base, "b@1", ("q_proj", "lm_head"), r=2, seed=2)
-    executor.prepare_load(0, other, tails)()
+    executor.prepare_slots({0: other}, tails)()
     want = logits_of(load_adapted(tiny_llama, other, tails), prompt(9))
     assert largest(rows(executor, 9, [0])[0], want) < 2e-4
 
@@ -218,7 +218,7 @@ def test_an_adapted_output_embedding_leaves_the_tied_input_alone(tmp_path: Path)
     tails = MemoryTails(base)
     adapter = make_deltas(base, "head@1", ("lm_head", "v_proj"), r=4, seed=5)
     executor = OpenVinoExecutor(model_dir, config())
-    executor.prepare_load(0, adapter, tails)()
+    executor.prepare_slots({0: adapter}, tails)()
     plain = logits_of(load_model(model_dir), prompt(9))
     head = adapter.modules["lm_head"]
     model = load_adapted(
@@ -252,7 +252,7 @@ def test_adapters_on_every_layer_of_every_architecture(name: str, served_model: 
     layers = {path.rpartition(".")[2] for path in paths}
     made = make_deltas(base, "all@1", sorted(layers), r=3, t=2, seed=4, scale=0.1).modules
     adapter = AdapterWeights("all@1", {path: made[path] for path in paths})
-    executor.prepare_load(0, adapter, tails)()
+    executor.prepare_slots({0: adapter}, tails)()
     parts = [SequenceSlice(5, 0, [0], NO_SLOT), SequenceSlice(9, 0, [1], 0)]
     found = executor.run(PackedBatch.pack(prompt(5) + prompt(9), parts, [4, 9, 13])).clone()
     plain = logits_of(load_model(model_dir), prompt(5))

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -52,6 +53,15 @@ def carried_through(
     return to_the_end
 
 
+@dataclass(eq=False)
+class Change:
+    """An adapter that is to come into a slot, and the key of one that is to leave its own."""
+
+    comes: AdapterWeights | None
+    goes: str | None
+    done: asyncio.Future[None]
+
+
 class NativeEngine(Engine):
     """Continuous batching over an executor. All public methods: event loop only."""
 
@@ -64,6 +74,7 @@ class NativeEngine(Engine):
         self._slots = SlotTable(config.max_slots)
         self._merged_slot = NO_SLOT
         self._residency = asyncio.Lock()  # one change of adapters is prepared at a time
+        self._changes: list[Change] = []  # that are wanted
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._mailboxes: dict[str, asyncio.Queue[Delivery]] = {}
         self._commits: set[asyncio.Future[None]] = set()
@@ -125,39 +136,20 @@ class NativeEngine(Engine):
                 seq.cancelled = True  # seen at the next step
                 await asyncio.shield(asyncio.ensure_future(self._let_go(request.request_id)))
 
-    @carried_through
-    async def load_adapter(self, adapter: AdapterWeights) -> None:
+    async def load_adapter(self, adapter: AdapterWeights, instead_of: str | None = None) -> None:
         self._require_alive()
-        async with self._residency:
-            if adapter.key in self._slots:
-                return
-            if adapter.max_rank > self.config.max_rank:
-                raise CapacityExceeded(
-                    f"{adapter.key} has rank {adapter.max_rank}, this engine takes up to "
-                    f"{self.config.max_rank}; raise max_rank"
-                )
-            slot = self._slots.take(adapter.key)
-            try:
-                commit = await self._prepare(
-                    self._executor.prepare_load, slot, adapter, self._tails
-                )
-                await self._between_steps(commit)
-            except BaseException:
-                self._slots.release(adapter.key)
-                raise
+        if adapter.max_rank > self.config.max_rank:
+            raise CapacityExceeded(
+                f"{adapter.key} has rank {adapter.max_rank}, this engine takes up to "
+                f"{self.config.max_rank}; raise max_rank"
+            )
+        if unknown := sorted(adapter.modules.keys() - self._executor.layers):
+            raise CapacityExceeded(f"{adapter.key}: this engine cannot adapt {unknown[0]}")
+        await self._change(adapter, instead_of)
 
-    @carried_through
     async def unload_adapter(self, key: str) -> None:
         self._require_alive()
-        async with self._residency:
-            if key not in self._slots:
-                return
-            slot = self._slots.find(key)
-            if slot == self._merged_slot:
-                raise CapacityExceeded(f"{key} is merged; unmerge it before unloading it")
-            commit = await self._prepare(self._executor.prepare_unload, slot)
-            await self._between_steps(commit)
-            self._slots.release(key)
+        await self._change(None, key)
 
     @carried_through
     async def merge_adapter(self, key: str) -> None:
@@ -177,6 +169,57 @@ class NativeEngine(Engine):
                 return
             commit = await self._prepare(self._executor.prepare_unmerge)
             await self._between_steps(lambda: self._commit_merge(NO_SLOT, commit))
+
+    # --- changes of adapters ----------------------------------------------------------------------
+
+    @carried_through
+    async def _change(self, comes: AdapterWeights | None, goes: str | None) -> None:
+        """Those that are wanted while another one is made ready are made ready together, for a step
+        begins only after each."""
+        change = Change(comes, goes, self._loop.create_future())
+        self._changes.append(change)
+        async with self._residency:
+            if not change.done.done():
+                changes, self._changes = self._changes, []
+                await self._make(changes)
+        await change.done
+
+    async def _make(self, changes: list[Change]) -> None:
+        """All by one commit. If that fails one after the other, so that each fails alone."""
+        slots = self._slots.copy()
+        contents: dict[int, AdapterWeights | None] = {}
+        possible = []
+        for change in changes:
+            try:
+                contents |= self._plan(change, slots)
+                possible.append(change)
+            except KasaError as error:
+                _settle(change.done, error)
+        try:
+            if contents:
+                prepare = self._executor.prepare_slots
+                await self._between_steps(await self._prepare(prepare, contents, self._tails))
+        except Exception as error:
+            if len(possible) == 1:
+                _settle(possible[0].done, error)
+                return
+            for change in possible:
+                await self._make([change])
+            return
+        self._slots = slots
+        for change in possible:
+            _settle(change.done, None)
+
+    def _plan(self, change: Change, slots: SlotTable) -> dict[int, AdapterWeights | None]:
+        """What slots will hold, and in `slots` whose they will be. Raises CapacityExceeded."""
+        contents: dict[int, AdapterWeights | None] = {}
+        if change.goes is not None and change.goes in slots:
+            if slots.find(change.goes) == self._merged_slot:
+                raise CapacityExceeded(f"{change.goes} is merged; unmerge it before unloading it")
+            contents[slots.release(change.goes)] = None
+        if change.comes is not None and change.comes.key not in slots:
+            contents[slots.take(change.comes.key)] = change.comes
+        return contents
 
     # --- step thread ------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ laid out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -89,15 +89,17 @@ class Executor(ABC):
         """Logits (num_logits, vocab) float32, the caller's to change, and good until the next run;
         keys and values of the new tokens are stored in their blocks."""
 
+    @property
     @abstractmethod
-    def prepare_load(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> Commit:
-        """Make ready the factors of `adapter` in `slot`; the commit makes them current.
-
-        Raises CapacityExceeded for a layer that this executor cannot adapt."""
+    def layers(self) -> Set[str]:
+        """Those that adapters may change."""
 
     @abstractmethod
-    def prepare_unload(self, slot: int) -> Commit:
-        """Make ready the factors without `slot`."""
+    def prepare_slots(
+        self, contents: Mapping[int, AdapterWeights | None], tails: TailSource
+    ) -> Commit:
+        """Make ready the factors of adapters of `layers` in these slots, None: of nothing; the
+        commit makes them current. No row of the steps meanwhile is of these slots."""
 
     @abstractmethod
     def prepare_merge(self, slot: int, tails: TailSource) -> Commit:

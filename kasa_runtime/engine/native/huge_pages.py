@@ -14,7 +14,7 @@ import logging
 import mmap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,18 +26,36 @@ MADV_POPULATE_WRITE = 23
 """Of Linux 5.14; older kernels refuse it."""
 POPULATED_AT_ONCE = 8 << 20
 """Bytes. Whoever maps memory waits meanwhile, and a system that is short of it takes long."""
+SETTLED_AFTER_S = 1.0
+"""The first request should not wait for it."""
+MADV_POPULATE_READ = 22
 MADV_COLLAPSE = 25
+MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 PRESENT = np.uint64(1 << 63)
+MAP_FIXED = 16
+ALIGNMENT = 2 << 20
 SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 PROCESS = Path("/proc/self")
 
 
+def reserve(num_bytes: int) -> mmap.mmap:
+    """Zeroed memory of the process's own. It is a multiple of `ALIGNMENT`, for Linux aligns only
+    such memory to huge pages."""
+    num_bytes = -(-max(1, num_bytes) // ALIGNMENT) * ALIGNMENT
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def allocate(num_bytes: int) -> mmap.mmap:
-    """Zeroed memory of the process's own, on huge pages where the system has them."""
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """`reserve`, on huge pages where the system has them."""
+    memory = reserve(num_bytes)
+    want(memory)
+    return memory
+
+
+def want(memory: mmap.mmap) -> None:
+    """Let what nobody has touched yet come as huge pages, where the system has them."""
     with suppress(OSError, AttributeError):  # of kernels that have none
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def populate(memory: mmap.mmap) -> None:
@@ -49,6 +67,28 @@ def populate(memory: mmap.mmap) -> None:
         piece = view[start : start + POPULATED_AT_ONCE]
         if libc.madvise(piece.ctypes.data, piece.nbytes, MADV_POPULATE_WRITE) != 0:
             return
+
+
+def show(file: int, memory: mmap.mmap) -> None:
+    """Put the content of a file (a descriptor) in the place of the memory's own, without reading it
+    now. Raises OSError."""
+    libc, size = _libc(), len(memory)
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    flags = mmap.MAP_PRIVATE | MAP_FIXED
+    if libc.mmap(address, size, mmap.PROT_READ, flags, file, 0) != address:
+        raise OSError(ctypes.get_errno(), "cannot map a file over memory")
+    libc.madvise(address, size, MADV_POPULATE_READ)  # what the page cache has, at once
+
+
+def own(memory: mmap.mmap) -> None:
+    """Give memory that shows a file a content of its own, the same, beside whatever reads it: a
+    file's pages are small. Best effort: kernels before Linux 5.7 keep showing the file."""
+    shown = np.frombuffer(memory, np.uint8)
+    copy = np.frombuffer(allocate(shown.nbytes), np.uint8)
+    np.copyto(copy, shown)
+    flags = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
+    to = ctypes.c_void_p(shown.ctypes.data)
+    _libc().mremap(copy.ctypes.data, copy.nbytes, copy.nbytes, flags, to)
 
 
 def collapse() -> int:
@@ -66,11 +106,14 @@ def collapse() -> int:
     return moved
 
 
-def settle_in_background(cache: mmap.mmap) -> None:
+def settle_in_background(cache: mmap.mmap, settle_weights: Callable[[], None]) -> None:
     """After a start: the cache becomes present, then the weights move."""
 
     def settle() -> None:
+        time.sleep(SETTLED_AFTER_S)
+        want(cache)
         populate(cache)
+        settle_weights()
         collapse()
 
     threading.Thread(target=settle, name="kasa-huge-pages", daemon=True).start()
@@ -78,8 +121,13 @@ def settle_in_background(cache: mmap.mmap) -> None:
 
 def _libc() -> ctypes.CDLL:
     """The system's library; unlike `mmap.madvise` it leaves the interpreter to others."""
-    libc = ctypes.CDLL(None)
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.madvise.argtypes = [address, size, number]
+    libc.mmap.argtypes = [address, size, number, number, number, ctypes.c_long]
+    libc.mmap.restype = address
+    libc.mremap.argtypes = [address, size, size, number]
+    libc.mremap.restype = address
     return libc
 
 

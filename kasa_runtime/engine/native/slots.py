@@ -12,6 +12,11 @@ class SlotTable:
     def __init__(self, num_slots: int) -> None:
         self._keys: list[str | None] = [None] * num_slots
 
+    def copy(self) -> SlotTable:
+        table = SlotTable(0)
+        table._keys = list(self._keys)
+        return table
+
     def __contains__(self, key: str) -> bool:
         return key in self._keys
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ from kasa_runtime.engine.native.paged_attention import (
     paged_attention,
 )
 from kasa_runtime.engine.native.probe import PROBE_TOKENS, probe, require_split_prompts
-from kasa_runtime.errors import CapacityExceeded, ConfigError, KasaError, ModelError
+from kasa_runtime.errors import ConfigError, KasaError, ModelError
 
 if TYPE_CHECKING:
     from kasa_runtime.engine.native.cuda.decode import DecodeSteps
@@ -128,17 +129,42 @@ class TorchExecutor(Executor):
         )
         return output.logits[0].float()  # type: ignore[no-any-return]
 
-    def prepare_load(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> Commit:
-        missing = [name for name in adapter.modules if name not in self._layers]
-        if missing:
-            raise CapacityExceeded(f"{adapter.key}: this engine cannot adapt {missing[0]}")
-        return self._prepare_residents(
-            {**self._adapters, slot: adapter}, set(adapter.modules), tails
-        )
+    @property
+    def layers(self) -> Set[str]:
+        return self._layers.keys()
 
-    def prepare_unload(self, slot: int) -> Commit:
-        adapters = {s: a for s, a in self._adapters.items() if s != slot}
-        return self._prepare_residents(adapters, set(self._adapters[slot].modules), None)
+    def prepare_slots(
+        self, contents: Mapping[int, AdapterWeights | None], tails: TailSource
+    ) -> Commit:
+        """Stacks the factors of the groups of layers that change anew, for all residents."""
+        adapters = {s: a for s, a in {**self._adapters, **contents}.items() if a is not None}
+        before = [self._adapters.get(slot) for slot in contents]
+        changed = {name for a in (*contents.values(), *before) if a for name in a.modules}
+        affected = [names for names in self._groups if not changed.isdisjoint(names)]
+        held = [self._layers[names[0]].group.factors for names in self._groups]
+        interned = {f.layouts: f.layouts for f in held if f is not None}
+        kept: dict[str, Tail | None] = {}
+        changes: list[tuple[LinearGroup, Factors | None]] = []
+        for names in affected:
+            parts = []
+            for name in names:
+                deltas = {s: a.modules[name] for s, a in adapters.items() if name in a.modules}
+                t = max((d.t for d in deltas.values()), default=0)
+                kept[name] = self._tail(name, t, tails)
+                parts.append((deltas, kept[name]))
+            group = self._layers[names[0]].group
+            changes.append((group, stack(parts, group.like, interned)))
+        commit_factors = self._deltas.prepare(changes)
+
+        def commit() -> None:
+            commit_factors()
+            self._adapters = adapters
+            for name, tail in kept.items():
+                self._tails.pop(name, None)
+                if tail is not None:
+                    self._tails[name] = tail
+
+        return commit
 
     def prepare_merge(self, slot: int, tails: TailSource) -> Commit:
         modules = self._adapters[slot].modules
@@ -185,43 +211,12 @@ class TorchExecutor(Executor):
             found |= zip(names, group.dense(pristine=False).split(group.sizes), strict=True)
         return found
 
-    def _prepare_residents(
-        self, adapters: dict[int, AdapterWeights], changed: set[str], tails: TailSource | None
-    ) -> Commit:
-        """Stack the factors of the groups with `changed` layers anew for these residents."""
-        affected = [names for names in self._groups if not changed.isdisjoint(names)]
-        held = [self._layers[names[0]].group.factors for names in self._groups]
-        interned = {f.layouts: f.layouts for f in held if f is not None}
-        kept: dict[str, Tail | None] = {}
-        changes: list[tuple[LinearGroup, Factors | None]] = []
-        for names in affected:
-            parts = []
-            for name in names:
-                deltas = {s: a.modules[name] for s, a in adapters.items() if name in a.modules}
-                t = max((d.t for d in deltas.values()), default=0)
-                kept[name] = self._tail(name, t, tails)
-                parts.append((deltas, kept[name]))
-            group = self._layers[names[0]].group
-            changes.append((group, stack(parts, group.like, interned)))
-        commit_factors = self._deltas.prepare(changes)
-
-        def commit() -> None:
-            commit_factors()
-            self._adapters = adapters
-            for name, tail in kept.items():
-                self._tails.pop(name, None)
-                if tail is not None:
-                    self._tails[name] = tail
-
-        return commit
-
-    def _tail(self, name: str, t: int, tails: TailSource | None) -> Tail | None:
+    def _tail(self, name: str, t: int, tails: TailSource) -> Tail | None:
         if t == 0:
             return None
         held = self._tails.get(name)
         if held is not None and held.rank >= t:
             return held.last(t)
-        assert tails is not None, "unloading never needs a larger tail"
         return tails.get(name, t)
 
     def _describe(self, config: EngineConfig) -> None:

@@ -162,7 +162,7 @@ def decode(executor: Executor, count: int) -> Tensor:
 
 def load(executor: Executor, adapters: list[AdapterWeights], tails: MemoryTails) -> None:
     for slot, adapter in enumerate(adapters):
-        executor.prepare_load(slot, adapter, tails)()
+        executor.prepare_slots({slot: adapter}, tails)()
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 4), (4, 4), (5, 6), (6, 6)])
@@ -212,8 +212,8 @@ def test_captured_steps_outlive_changes_of_adapters(
         lambda e: e.prepare_merge(0, tails)(),
         lambda e: e.prepare_merge(2, tails)(),
         lambda e: e.prepare_unmerge()(),
-        lambda e: e.prepare_unload(1)(),
-        lambda e: e.prepare_load(1, adapters[0], tails)(),
+        lambda e: e.prepare_slots({1: None}, tails)(),
+        lambda e: e.prepare_slots({1: adapters[0]}, tails)(),
     ]
     for change in changes:
         for executor in (captured, plain):

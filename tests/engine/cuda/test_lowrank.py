@@ -253,7 +253,7 @@ def test_a_model_with_these_deltas_has_the_logits_of_the_adapted_one(
     settings = config(device=DEVICE.type, cuda_graphs=False)
     executor = torch_executor.TorchExecutor(tiny_llama, settings)
     for slot, adapter in enumerate(adapters):
-        executor.prepare_load(slot, adapter, tails)()
+        executor.prepare_slots({slot: adapter}, tails)()
     models = [bare, *(load_adapted(tiny_llama, adapter, tails) for adapter in adapters)]
     slots = [1, NO_SLOT, 0, 2]
     parts = [SequenceSlice(3 + i, 0, range(2 * i, 2 * i + 2), s) for i, s in enumerate(slots)]

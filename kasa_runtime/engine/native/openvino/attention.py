@@ -140,7 +140,8 @@ def allocate(compiled: Any, num_blocks: int) -> tuple[dict[str, Any], mmap.mmap]
     """Cache tensors (float32) by input name, zeroed, and the memory in which they lie."""
     shapes = {name: (num_blocks, *shape) for name, shape in block_shapes(compiled).items()}
     sizes = [_whole_pages(4 * math.prod(shape)) for shape in shapes.values()]
-    memory = huge_pages.allocate(sum(sizes))
+    # The first step touches some of every layer: with huge pages, a start would zero them all.
+    memory = huge_pages.reserve(sum(sizes))
     starts = itertools.accumulate(sizes, initial=0)
     tensors = {
         name: ov.Tensor(np.ndarray(shape, np.float32, memory, start), shared_memory=True)

@@ -54,14 +54,14 @@ class AttentionLayer:
 @dataclass
 class ConvertedModel:
     """An open graph and what belongs to it. `probe`: token ids (tokens,) and transformers' logits
-    (rows, vocab) of the last of them. `key`: what names it in the cache."""
+    (rows, vocab) of the last of them. `directory`: where it is kept."""
 
     graph: Any
     info: DecoderInfo
     layers: list[AttentionLayer]
     modules: dict[str, tuple[int, int]]  # linear layers: (out, in)
     probe: Probe
-    key: str = ""
+    directory: Path = Path()
 
 
 def converted(model_dir: Path, core: Any, quantization: str = "none") -> ConvertedModel:
@@ -140,5 +140,5 @@ def _read(directory: Path, core: Any) -> ConvertedModel:
         layers,
         modules,
         (probe["token_ids"], probe["logits"]),
-        directory.name,
+        directory,
     )

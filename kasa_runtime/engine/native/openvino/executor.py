@@ -38,7 +38,7 @@ from kasa_runtime.engine.native.openvino.lowrank import Packed
 from kasa_runtime.engine.native.openvino.packed import PackedWeights, unpacked
 from kasa_runtime.engine.native.openvino.settings import plugin_options
 from kasa_runtime.engine.native.probe import require_split_prompts
-from kasa_runtime.errors import CapacityExceeded, ModelError
+from kasa_runtime.errors import ModelError
 from kasa_runtime.home import remembered
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class OpenVinoExecutor(Executor):
             self._require_parity(model, TOLERANCE)
             self._require_split_prompts(model)
             self._set_options(plugin_options(config))
-        huge_pages.settle_in_background(memory)
+        huge_pages.settle_in_background(memory, self._graph.packed.settle)
 
     def run(self, batch: PackedBatch) -> Tensor:
         self._low_rank.begin(batch)
@@ -90,27 +90,26 @@ class OpenVinoExecutor(Executor):
         request.infer(share_outputs=True)
         return torch.from_numpy(request.get_tensor("logits").data)
 
-    def prepare_load(self, slot: int, adapter: AdapterWeights, tails: TailSource) -> Commit:
-        missing = [name for name in adapter.modules if name not in self._graph.shapes]
-        if missing:
-            raise CapacityExceeded(f"{adapter.key}: this engine cannot adapt {missing[0]}")
-        switch = self._open(adapter.modules.keys())
-        self._low_rank.prepare(slot, adapter, tails)
-        self._adapters[slot] = adapter
+    @property
+    def layers(self) -> Set[str]:
+        return self._graph.shapes.keys()
+
+    def prepare_slots(
+        self, contents: Mapping[int, AdapterWeights | None], tails: TailSource
+    ) -> Commit:
+        adapters = {slot: adapter for slot, adapter in contents.items() if adapter is not None}
+        switch = self._open({name for a in adapters.values() for name in a.modules})
+        unused = [self._low_rank.forget(slot) for slot in contents]
+        for slot, adapter in adapters.items():
+            self._low_rank.prepare(slot, adapter, tails)
+        self._adapters |= adapters
+        for slot in contents.keys() - adapters.keys():
+            self._adapters.pop(slot, None)
 
         def commit() -> None:
             switch()
             self._low_rank.merge(self._merged_slot)
-
-        return commit
-
-    def prepare_unload(self, slot: int) -> Commit:
-        del self._adapters[slot]
-
-        def commit() -> None:
-            held = self._low_rank.forget(slot)
-            self._low_rank.merge(self._merged_slot)
-            _release(held)
+            _release(unused)
 
         return commit
 
@@ -221,7 +220,7 @@ class OpenVinoExecutor(Executor):
             require_split_prompts(self, model.info.architecture, 0.01)
             return {"agree": True}
 
-        remembered("split-prompts", {"model": model.key}, check)
+        remembered("split-prompts", {"model": model.directory.name}, check)
 
     def _switch(self, weights: Weights, merged: Packed, slot: int) -> Commit:
         def commit() -> None:

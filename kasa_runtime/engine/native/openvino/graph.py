@@ -59,7 +59,7 @@ class AdaptedGraph:
             # Logits are large, and few adapters change the layer that makes them.
             below = linears.below_logit_rows(self.model.graph, nodes)
             self.adaptable: Set[str] = (nodes.keys() - below) | self.dense
-            self.packed = PackedWeights({name: self.shapes[name] for name in self.dense})
+            self.packed = PackedWeights({name: self.shapes[name] for name in sorted(self.dense)})
         self._pristine: Future[Weights] | None = None
 
     def begin(self) -> None:
@@ -77,11 +77,14 @@ class AdaptedGraph:
             return begun.result() if begun else self._compile_pristine()
 
     def _compile_pristine(self) -> Weights:
+        self.packed.show_or_fill(self.model.directory, self._pack)
+        self.low_rank.use(self.packed)
+        return self.compile(self.dense, self.adaptable)
+
+    def _pack(self) -> None:
         nodes = linears.linear_nodes(self.model.graph, self.dense)
         for name, node in nodes.items():
             self.low_rank.pack(linears.array(node), self.packed[name])
-        self.low_rank.use(self.packed)
-        return self.compile(self.dense, self.adaptable)
 
     def compile(self, dense: Set[str], adaptable: Set[str]) -> Weights:
         """The graph with the layers `dense` multiplied by packed weights, the others by the

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kasa_runtime.engine.native import huge_pages
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = 1
+"""Of what is stored; raise it when that changes."""
 PANEL = 32
 """Outputs that are stored together."""
 
@@ -19,11 +27,11 @@ class PackedWeights(Mapping[str, NDArray[np.float32]]):
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         sizes = [packed_size(*shape) for shape in shapes.values()]
-        memory = mmap.mmap(-1, max(1, 4 * sum(sizes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError, AttributeError):  # of kernels that have none
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        floats = np.frombuffer(memory, np.float32, sum(sizes))
+        self._memory = huge_pages.allocate(4 * sum(sizes))
+        floats = np.frombuffer(self._memory, np.float32, sum(sizes))
         ends = accumulate(sizes)
+        self._made_of = repr((LAYOUT, PANEL, list(shapes.items())))
+        self._is_shown = False
         self._arrays = {
             name: floats[end - size : end]
             for name, size, end in zip(shapes, sizes, ends, strict=True)
@@ -37,6 +45,46 @@ class PackedWeights(Mapping[str, NDArray[np.float32]]):
 
     def __len__(self) -> int:
         return len(self._arrays)
+
+    def show_or_fill(self, directory: Path, fill: Callable[[], None]) -> None:
+        """Show the file of the directory that holds what `fill` fills them with, or make it. Best
+        effort: where the disk refuses, they are filled at every start."""
+        if not self._arrays:
+            return
+        digest = hashlib.sha256(self._made_of.encode()).hexdigest()[:16]
+        path = directory / f"packed-{digest}.bin"
+        try:
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size != len(self._memory):
+                    raise ValueError("it is not whole")
+                huge_pages.show(file.fileno(), self._memory)
+                self._is_shown = True
+                return
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            logger.warning("%s: not used and made again (%s)", path, error)
+        fill()
+        try:
+            self._write(path)
+        except OSError as error:
+            logger.warning("%s: cannot be kept, the next start takes longer (%s)", path, error)
+
+    def _write(self, path: Path) -> None:
+        staged = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with staged.open("wb") as file:
+                file.write(self._memory)
+                os.fsync(file.fileno())  # a power cut must not tear weights
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """Move them from a file's pages to huge ones, beside whatever reads them."""
+        if self._is_shown:
+            huge_pages.own(self._memory)
+            self._is_shown = False
 
 
 def packed_size(out_features: int, in_features: int) -> int:
