@@ -10,7 +10,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
 @click.command()
-@click.option("--address", default="127.0.0.1:50051", show_default=True, help="the server's gRPC")
+@click.option(
+    "--address",
+    default="127.0.0.1:50051",
+    envvar="KASA_ADDRESS",
+    show_default=True,
+    show_envvar=True,
+    help="the server's gRPC",
+)
 @click.option("--name", default="", help="a service, or adapter/NAME; the server itself by default")
 @click.option("--timeout", "timeout_s", default=3.0, show_default=True, help="in seconds")
 def main(address: str, name: str, timeout_s: float) -> None:
