@@ -43,13 +43,23 @@ FOLLOWED_BY_HAND = {"canonical", "next", "prev", "alternate", "author", "license
 
 
 def on_config(config: Any) -> Any:
-    """Leave out what the navigation names and a checkout may lack."""
-    absent = {page for page in MAY_BE_ABSENT if not (ROOT / "docs" / page).exists()}
-    for section in config.nav:
-        for name, entries in section.items():
-            if isinstance(entries, list):
-                section[name] = [e for e in entries if not absent & set(map(str, e.values()))]
+    """Make the navigation that of this checkout."""
+    config.nav = list(_navigation(config.nav))
     return config
+
+
+def _navigation(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Leaves out the pages that a checkout may lack. A folder stands for its pages."""
+    for entry in entries:
+        [(title, target)] = entry.items()
+        if isinstance(target, list):
+            yield {title: list(_navigation(target))}
+        elif target.endswith("/"):
+            pages = sorted((ROOT / "docs" / target).glob("*.md"))
+            if pages:
+                yield {title: [target + page.name for page in pages]}
+        elif target not in MAY_BE_ABSENT or (ROOT / "docs" / target).exists():
+            yield entry
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -1,5 +1,5 @@
-"""The shell examples of a Markdown page: commands, what is shown of their output, and the reason
-why some are not run."""
+"""The examples of a Markdown page, in a shell or in Python: commands, what is shown of their
+output, and the reason why some are not run."""
 
 from __future__ import annotations
 
@@ -31,11 +31,14 @@ class Block:
     reason: str | None
 
     @property
-    def is_shell(self) -> bool:
-        return self.language in SHELLS
+    def is_run(self) -> bool:
+        return self.reason is None and self.language in {*SHELLS, "python"}
 
     @property
     def commands(self) -> list[Command]:
+        """For bash, one by one."""
+        if self.language == "python":
+            return [Command(f"python - <<'END'\n{self.content}END")]
         return list(_session(self.content) if self.language == "console" else _script(self.content))
 
 
