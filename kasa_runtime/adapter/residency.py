@@ -127,11 +127,17 @@ class Residency:
                 self._try_load(info)
         resident = self._resident.get(key)
         if resident is None:
-            await self.host_tier.fetch(info, lambda: self._belongs_beside(key))
+            await self.fetch(info)
             return
         resident.retired = resident.retired and not self._catalog.is_current(key)
         resident.last_used = time.monotonic()
         await asyncio.shield(resident.loading)
+
+    async def fetch(self, info: AdapterInfo) -> None:
+        """Bring a version into the host tier, if it is in no slot. Raises as `lease`."""
+        key = key_of(info)
+        if self._belongs_beside(key):
+            await self.host_tier.fetch(info, lambda: self._belongs_beside(key))
 
     # --- pins -------------------------------------------------------------------------------------
 
@@ -300,7 +306,8 @@ class Residency:
 
     def _belongs_beside(self, key: str) -> bool:
         """Whether the host tier is the place for a version."""
-        return key not in self._resident and self._catalog.is_current(key)
+        in_engine = key in self._resident or key in self._leaving
+        return not in_engine and self._catalog.is_current(key)
 
     # --- inside: loading --------------------------------------------------------------------------
 
