@@ -878,6 +878,8 @@ async def test_closing_ends_requests_as_cancelled(
     tiny_chat_model: Path, adapters_dir: Path
 ) -> None:
     async with serving(tiny_chat_model, adapters_dir) as runtime:
+        for name in ("alpha", "beta"):  # so that none has ended before the last one runs
+            await runtime.load_adapter(name)
         requests = [
             ask(f"{i}", adapter=name, sampling=SamplingParams(ignore_eos=True))
             for i, name in enumerate(["", "alpha", "beta", "alpha"])

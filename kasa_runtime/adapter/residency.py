@@ -176,7 +176,7 @@ class Residency:
                 async with wanted as lease:
                     before = self._permanent.merged
                     await finish(self._switch(lease))
-        await self.retire_if_replaced(before)
+        await self._no_longer_merged(before)
         return lease
 
     async def unmerge(self) -> None:
@@ -185,7 +185,14 @@ class Residency:
             if before is None:
                 return
             await finish(self._switch(None))
-        await self.retire_if_replaced(before)
+        await self._no_longer_merged(before)
+
+    async def _no_longer_merged(self, key: str | None) -> None:
+        """It leaves if it was replaced; its successor has room now, which it needs if pinned."""
+        if key is not None:
+            await self.retire_if_replaced(key)
+            if (info := self._catalog.current(name_of(key))) is not None:
+                self.follow_pin(info)
 
     # --- leaving ----------------------------------------------------------------------------------
 
@@ -197,8 +204,8 @@ class Residency:
             resident.retired = True
             await finish(self._settle(key, resident))
 
-    async def retire_if_replaced(self, key: str | None) -> None:
-        if key is not None and not self._catalog.is_current(key):
+    async def retire_if_replaced(self, key: str) -> None:
+        if not self._catalog.is_current(key):
             await self.retire(key)
 
     async def retire_replaced_of(self, name: str) -> None:
