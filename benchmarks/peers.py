@@ -33,7 +33,15 @@ from kasa_runtime.base_model.source import resolve
 from kasa_runtime.home import kasa_home
 
 FULL: dict[str, Any] = {
-    "systems": [name for name in SYSTEMS if name not in ("ours-torch", "openvino-genai-int8")],
+    "systems": [
+        "ours",
+        "transformers",
+        "peft",
+        "vllm",
+        "vllm-lora",
+        "openvino-genai",
+        "llama.cpp",
+    ],
     "mixes": list(Mix),
     "concurrency": [1, 8, 32],
     "prompt_tokens": [32, 256],

@@ -19,6 +19,7 @@ import ctypes
 import os
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
@@ -51,6 +52,13 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     if cancelled is not None:
         raise cancelled from task.exception()
     return task.result()
+
+
+def on_loop_clock(deadline_s: float | None) -> float | None:
+    """A time.monotonic deadline on the running loop's clock."""
+    if deadline_s is None:
+        return None
+    return asyncio.get_running_loop().time() + deadline_s - time.monotonic()
 
 
 @asynccontextmanager

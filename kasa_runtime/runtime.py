@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kasa_runtime.adapter.names import is_name
 from kasa_runtime.admission import Admission, Visit
-from kasa_runtime.background import in_background
+from kasa_runtime.background import in_background, on_loop_clock
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import (
     AdapterNotFound,
@@ -77,7 +77,10 @@ class RuntimeConfig:
     adapters_dir: Path = field(
         default=Path("adapters"), metadata={"help": "where adapters are put and uploaded to"}
     )
-    engine: Literal["native"] = field(default="native", metadata={"help": "what generates"})
+    engine: Literal["native", "vllm"] = field(
+        default="native",
+        metadata={"help": "what generates: the embedded engine, or vLLM (a package of its own)"},
+    )
     poll_interval_s: float = field(
         default=1.0,
         metadata={
@@ -155,7 +158,7 @@ def begin(config: RuntimeConfig) -> Beginning:
     from kasa_runtime.tokenizer import Tokenizer
 
     model_dir = resolve(config.model)
-    graph = begin_graph(model_dir, config.native)
+    graph = begin_graph(model_dir, config.native) if config.engine == "native" else None
     reader = ThreadPoolExecutor(1, "kasa-tokenizer")
     tokenizer = reader.submit(Tokenizer, model_dir)
     reader.shutdown(wait=False)
@@ -214,7 +217,7 @@ class Runtime:
 
         tails = await in_background(TailCache.for_model, model_dir)
         store = AdapterStore(config.adapters_dir, config.keep_versions)
-        engine = make_engine(model_dir, tails, config.native, begun.graph)
+        engine = make_engine(config.engine, model_dir, tails, config.native, begun.graph)
         tokenizer = await _start(engine, begun.tokenizer)
         manager = AdapterManager(
             store,
@@ -449,7 +452,7 @@ class Runtime:
         request = generation.request
         async with AsyncExitStack() as stack:
             try:
-                async with asyncio.timeout_at(_on_loop_clock(request.deadline_s)):
+                async with asyncio.timeout_at(on_loop_clock(request.deadline_s)):
                     if await self._exists(generation.name):
                         self._fetch_ahead(request.adapter, visit)
                         await visit.enter(len(generation.prompt_ids))
@@ -504,13 +507,6 @@ class Runtime:
             return
         async with self._manager.lease(adapter) as lease:
             yield lease
-
-
-def _on_loop_clock(deadline_s: float | None) -> float | None:
-    """A time.monotonic deadline on the running loop's clock."""
-    if deadline_s is None:
-        return None
-    return asyncio.get_running_loop().time() + deadline_s - time.monotonic()
 
 
 async def _start(engine: Engine, tokenizer: Future[Tokenizer]) -> Tokenizer:

@@ -25,7 +25,6 @@ from benchmarks.peers.process import Process
 from benchmarks.peers.report import Run
 from benchmarks.peers.systems import System
 from kasa_runtime.adapter.fingerprint import fingerprint
-from kasa_runtime.types import AdapterMethod
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,10 @@ class Bench:
 
     def _settings(self, system: System) -> dict[str, Any]:
         config = self.config
-        method = AdapterMethod.KASA if system.is_ours else AdapterMethod.LORA
         count = max((case.num_held for case in self._cases if case.mix in system.mixes), default=0)
-        adapters = adapters_dir(config.cache, config.model_dir, self._fingerprint, method, count)
+        adapters = adapters_dir(
+            config.cache, config.model_dir, self._fingerprint, system.method, count
+        )
         settings: dict[str, Any] = {
             "model": str(config.model_dir),
             "vocab_size": json.loads((config.model_dir / "config.json").read_text())["vocab_size"],

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.peers.cases import adapter_name
 from benchmarks.peers.child import KV_CACHE_GIB, Arrivals, Peer, serve
@@ -19,7 +19,8 @@ from kasa_runtime.types import GenerationRequest, SamplingParams
 class Ours(Peer):
     """Its own setting is `engine`, fields of EngineConfig."""
 
-    packages = ("kasa-runtime", "openvino", "torch", "transformers")
+    packages: tuple[str, ...] = ("kasa-runtime", "openvino", "torch", "transformers")
+    kind: Literal["native", "vllm"] = "native"
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._loop = asyncio.Runner()
@@ -35,7 +36,7 @@ class Ours(Peer):
                 **settings["engine"],
             }
         )
-        config = RuntimeConfig(settings["model"], adapters_dir, native=native)
+        config = RuntimeConfig(settings["model"], adapters_dir, engine=self.kind, native=native)
         self._runtime = self._loop.run(Runtime.create(config))
         wait_until_settled()
         self._held = 0

@@ -6,23 +6,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.peers.adapters import RANK
 from benchmarks.peers.cases import Mix
 from benchmarks.peers.environments import Conversion, Environment
 from benchmarks.peers.measures import Pair, Side
+from kasa_runtime.types import AdapterMethod
 
 OURS = "benchmarks.peers.ours"
+OURS_ON_VLLM = "benchmarks.peers.ours_on_vllm"
 TELEMETRY = "openvino-telemetry"  # without it, OpenVINO reports nothing
 TRANSFORMERS = Environment("transformers")
 VLLM = Environment("vllm", without=("torchvision", "torchaudio", "torchcodec"))
 GENAI = Environment("openvino-genai", without=(TELEMETRY,))
 EXPORT = Environment("openvino-export", without=("torchvision", TELEMETRY))
 LLAMA_CPP = Environment("llama-cpp")
+KASA_VLLM = Environment("kasa-vllm", without=VLLM.without)
 
 
 @dataclass(frozen=True)
 class System:
     """A process of its own that runs `module`, in `environment` (None: the one of the driver).
-    `settings` are its own, beside those that all get."""
+    `settings` are its own, beside those that all get. `method` is of its adapters."""
 
     name: str
     module: str
@@ -30,15 +34,20 @@ class System:
     environment: Environment | None = None
     conversion: Conversion | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_ours(self) -> bool:
-        return self.module == OURS
+    method: AdapterMethod = AdapterMethod.LORA
 
 
-def ours(name: str, engine: Mapping[str, Any]) -> System:
+def ours(
+    name: str, engine: Mapping[str, Any], method: AdapterMethod = AdapterMethod.KASA
+) -> System:
     """Our engine with these fields of EngineConfig."""
-    return System(name, OURS, tuple(Mix), settings={"engine": engine})
+    return System(name, OURS, tuple(Mix), settings={"engine": engine}, method=method)
+
+
+def ours_on_vllm(name: str, engine: Mapping[str, Any], method: AdapterMethod) -> System:
+    """Our runtime over vLLM, with these fields of EngineConfig."""
+    settings = {"engine": engine}
+    return System(name, OURS_ON_VLLM, tuple(Mix), KASA_VLLM, settings=settings, method=method)
 
 
 SYSTEMS = {
@@ -46,6 +55,9 @@ SYSTEMS = {
     for system in (
         ours("ours", {"executor": "openvino"}),
         ours("ours-torch", {"executor": "torch"}),
+        ours("ours-lora", {"executor": "openvino"}, AdapterMethod.LORA),
+        ours_on_vllm("ours-vllm", {"max_lora_rank": 2 * RANK}, AdapterMethod.KASA),  # r + t
+        ours_on_vllm("ours-vllm-lora", {"max_lora_rank": RANK}, AdapterMethod.LORA),
         System("transformers", "benchmarks.peers.transformers", environment=TRANSFORMERS),
         System("peft", "benchmarks.peers.peft", (Mix.MIXED,), TRANSFORMERS),
         System("vllm", "benchmarks.peers.vllm", environment=VLLM),
@@ -97,6 +109,7 @@ def _pairs_of(name: str) -> list[Pair]:
         Pair(base, Side("vllm", Mix.BASE)),
         Pair(base, Side("llama.cpp", Mix.BASE)),
         Pair(Side(name, Mix.ONE), Side("llama.cpp", Mix.ONE)),
+        Pair(mixed, Side(f"{name}-lora", Mix.MIXED)),  # the cost of the tails
     ]
     if name != "ours":
         found += [Pair(base, Side("ours", Mix.BASE)), Pair(mixed, Side("ours", Mix.MIXED))]

@@ -110,3 +110,22 @@ def plain_lora(delta: ModuleDelta, tail: Tail) -> tuple[Tensor, Tensor]:
     t)."""
     tail = tail.last(delta.t)
     return torch.cat([delta.a, tail.q]), torch.cat([delta.b, -tail.p], dim=1)
+
+
+def plain_difference(
+    delta: ModuleDelta | None, merged: ModuleDelta | None, tail: Tail
+) -> tuple[Tensor, Tensor]:
+    """What a layer into which `merged` is merged lacks of `delta`, as one plain LoRA, scaling 1: A
+    (rank, in), B (out, rank). What both cut off cancels: rank is the sum of theirs and |t - t'|.
+
+    `tail` is as long as the longer of theirs."""
+    a, b = [], []
+    for term, sign in ((delta, 1.0), (merged, -1.0)):
+        if term is not None:
+            a.append(term.a)
+            b.append(sign * term.b)
+    t, t_merged = delta.t if delta else 0, merged.t if merged else 0
+    between = slice(tail.rank - max(t, t_merged), tail.rank - min(t, t_merged))
+    a.append(tail.q[between])
+    b.append(tail.p[:, between] if t < t_merged else -tail.p[:, between])
+    return torch.cat(a), torch.cat(b, dim=1)

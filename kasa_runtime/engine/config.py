@@ -81,6 +81,20 @@ class EngineConfig:
         default=16, metadata={"help": "adapters that are in the engine at the same time"}
     )
     max_rank: int = field(default=256, metadata={"help": "largest rank r of an adapter's layer"})
+    max_lora_rank: int = field(
+        default=32,
+        metadata={
+            "help": "vllm: largest rank r + t of an adapter's layer; every adapter costs what one "
+            "of this rank does"
+        },
+    )
+    engine_arg: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "vllm: an argument of its engine as name=value, JSON or text, for example "
+            "tensor_parallel_size=2; may be repeated"
+        },
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -93,6 +107,7 @@ class EngineConfig:
             "block_size",
             "max_slots",
             "max_rank",
+            "max_lora_rank",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kasa_runtime.engine.base import Engine
 from kasa_runtime.engine.config import EngineConfig
@@ -59,9 +59,17 @@ def begin(model_dir: Path, config: EngineConfig) -> Begun | None:
 
 
 def make_engine(
-    model_dir: Path, tails: TailCache, config: EngineConfig, begun: Begun | None = None
+    kind: Literal["native", "vllm"],
+    model_dir: Path,
+    tails: TailCache,
+    config: EngineConfig,
+    begun: Begun | None = None,
 ) -> Engine:
-    """The native engine; not started."""
+    """An engine that is not started. `begun` is the native one's."""
+    if kind == "vllm":
+        from kasa_runtime.engine.vllm_engine import VllmEngine
+
+        return VllmEngine(model_dir, config, tails)
     from kasa_runtime.engine.native.engine import NativeEngine
 
     return NativeEngine(config, lambda: make_executor(model_dir, config, begun), tails)

@@ -21,6 +21,13 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What vLLM imports warns of its own code; those warnings are nobody's errors here."""
+    for item in items:
+        if item.get_closest_marker("vllm") is not None:
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
 @pytest.fixture(scope="session")
 def served_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a tiny model of an architecture in SERVED; made once."""

@@ -20,6 +20,7 @@ from kasa_runtime.errors import CapacityExceeded, ConfigError
         ("block_size", 0),
         ("max_slots", 0),
         ("max_rank", 0),
+        ("max_lora_rank", 0),
         ("threads", -1),
         ("max_queue", -1),
         ("max_model_len", -1),

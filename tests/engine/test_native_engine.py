@@ -1,4 +1,5 @@
-"""The native engine: requests that join, leave, wait, are cancelled, run late, or outlive it."""
+"""What is the native engine's own: its steps, its thread, preemption. What all engines share is in
+`test_engine_protocol.py`."""
 
 from __future__ import annotations
 
@@ -11,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import save_tiny_llama
 from torch import Tensor
 
 from engine.making import (
@@ -25,8 +24,6 @@ from engine.making import (
     config,
     few_blocks,
     greedy,
-    load_model,
-    logits_of,
     prompt,
     request,
     running,
@@ -163,52 +160,6 @@ async def test_outputs_say_when_a_request_was_first_scheduled(tiny_llama: Path) 
 # --- ends ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def ending(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
-    """A model that ends after a few tokens of prompt(6), and what it says without an end."""
-    endless = greedy(load_model(tiny_llama), prompt(6), 20)
-    eos = next(token for i, token in enumerate(endless) if i >= 4 and token not in endless[:i])
-    directory = tmp_path_factory.mktemp("ending") / "model"
-    return save_tiny_llama(directory, eos_token_id=[eos, 127]), endless
-
-
-async def test_the_end_of_sequence_ends_it(ending: tuple[Path, list[int]]) -> None:
-    model_dir, endless = ending
-    async with running(model_dir) as engine:
-        assert 127 in engine.limits.eos_ids
-        result = await collect(engine, request("a", prompt(6), 20))
-        past = await collect(engine, request("b", prompt(6), 20, ignore_eos=True))
-    assert result.token_ids == greedy(load_model(model_dir), prompt(6), 20)
-    assert result.token_ids[-1] in engine.limits.eos_ids
-    assert (result.reason, past.reason) == (FinishReason.STOP, FinishReason.LENGTH)
-    assert past.token_ids == endless
-
-
-async def test_no_end_of_sequence_before_min_tokens(ending: tuple[Path, list[int]]) -> None:
-    model_dir, _ = ending
-    model = load_model(model_dir)
-    ids = torch.tensor([prompt(6)])
-    mask = torch.ones_like(ids)
-    want = model.generate(
-        ids, attention_mask=mask, min_new_tokens=10, max_new_tokens=16, pad_token_id=0
-    )
-    async with running(model_dir) as engine:
-        result = await collect(engine, request("a", prompt(6), 16, min_tokens=10))
-    assert result.token_ids == want[0, 6:].tolist()
-    assert len(result.token_ids) >= 10
-
-
-async def test_a_full_context_ends_it(
-    tiny_llama: Path, reference: Callable[[list[int], int], list[int]]
-) -> None:
-    async with running(tiny_llama, max_model_len=30) as engine:
-        result = await collect(engine, request("a", prompt(9), None))
-        last = await collect(engine, request("b", prompt(29), None))
-    assert result.token_ids == reference(prompt(9), 21)
-    assert len(last.token_ids) == 1
-    assert result.reason is last.reason is FinishReason.LENGTH
-
-
 async def test_cancelling_frees_the_cache_at_the_next_step(tiny_llama: Path) -> None:
     async with running(tiny_llama) as engine:
         async with aclosing(engine.generate(request("a", prompt(9), 100, **LONG))) as outputs:
@@ -232,24 +183,6 @@ def test_a_cancelled_request_is_gone_after_one_step(executor: TorchExecutor) -> 
     assert seq.block_table == [] and len(driven.scheduler.running) == 1
 
 
-async def test_cancelling_the_task_that_reads_cancels_the_request(tiny_llama: Path) -> None:
-    async with running(tiny_llama) as engine:
-        reading = asyncio.create_task(collect(engine, request("a", prompt(9), 110, **LONG)))
-        await until(lambda: engine.stats().num_running == 1)
-        reading.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await reading
-        assert engine.stats().kv_cache_usage == 0
-
-
-async def test_a_passed_deadline_ends_it_before_it_begins(tiny_llama: Path) -> None:
-    async with running(tiny_llama) as engine:
-        late = request("a", prompt(9), 5, deadline_s=time.monotonic() - 1)
-        [output] = (await collect(engine, late)).outputs
-    assert output.finish_reason is FinishReason.DEADLINE
-    assert (output.token_ids, output.scheduled_s) == ((), None)
-
-
 def test_a_deadline_ends_it_in_the_middle(
     executor: TorchExecutor, reference: Callable[[list[int], int], list[int]]
 ) -> None:
@@ -264,15 +197,6 @@ def test_a_deadline_ends_it_in_the_middle(
     assert driven.results["a"].reason is FinishReason.DEADLINE
     assert driven.results["a"].token_ids == reference(prompt(9), 3)
     assert len(driven.results["b"].token_ids) == 30
-
-
-async def test_a_request_id_is_used_once_at_a_time(tiny_llama: Path) -> None:
-    async with running(tiny_llama) as engine:
-        first = asyncio.create_task(collect(engine, request("a", prompt(4), 60, **LONG)))
-        await until(lambda: engine.stats().num_running == 1)
-        with pytest.raises(KasaError, match="'a' is in use"):
-            await collect(engine, request("a", prompt(4), 5))
-        assert len((await first).token_ids) == 60
 
 
 async def test_a_reader_cancelled_twice_leaves_nothing_behind(tiny_llama: Path) -> None:
@@ -305,22 +229,6 @@ async def test_a_reader_cancelled_twice_leaves_nothing_behind(tiny_llama: Path) 
 # --- what the outputs say ------------------------------------------------------------------------
 
 
-async def test_logprobs_are_of_the_models_own_distribution(tiny_llama: Path, bare: Any) -> None:
-    async with running(tiny_llama) as engine:
-        asked = request("a", prompt(9), 5, logprobs=3, temperature=2.0, seed=1, presence_penalty=1)
-        result = await collect(engine, asked)
-        plain = await collect(engine, request("b", prompt(9), 5))
-    want = torch.log_softmax(logits_of(bare, prompt(9) + result.token_ids), dim=-1)[8:-1]
-    assert all(o.logprobs == () for o in plain.outputs)
-    for output, row in zip(result.outputs, want, strict=True):
-        [found] = output.logprobs
-        assert found.token_id == output.token_ids[0]
-        assert found.logprob == pytest.approx(float(row[found.token_id]), abs=1e-4)
-        best, ids = row.topk(3)
-        assert [i for i, _ in found.top] == ids.tolist()
-        assert [p for _, p in found.top] == pytest.approx(best.tolist(), abs=1e-4)
-
-
 async def test_a_seed_gives_the_same_tokens_alone_in_a_crowd_and_after_preemption(
     tiny_llama: Path,
 ) -> None:
@@ -337,13 +245,6 @@ async def test_a_seed_gives_the_same_tokens_alone_in_a_crowd_and_after_preemptio
     assert len({tuple(ids) for ids in alone.values()}) == 5
     assert {i: r.token_ids for i, r in crowd.items()} == alone
     assert {i: r.token_ids for i, r in small.items()} == alone
-
-
-async def test_without_a_seed_every_request_draws_anew(tiny_llama: Path) -> None:
-    wanted = [request(f"{i}", prompt(6), 12, temperature=1.5, **LONG) for i in range(4)]
-    async with running(tiny_llama) as engine:
-        found = await collect_all(engine, wanted)
-    assert len({tuple(r.token_ids) for r in found.values()}) == 4
 
 
 # --- death and closing ---------------------------------------------------------------------------
@@ -438,24 +339,6 @@ async def test_death_fails_a_change_that_waits_for_its_turn(
             await engine.load_adapter(adapters[0])
         with pytest.raises(EngineDead):
             await reading
-
-
-async def test_closing_ends_requests_as_cancelled(
-    tiny_llama: Path, adapters: list[AdapterWeights], tails: MemoryTails
-) -> None:
-    async with asyncio.timeout(10), running(tiny_llama, tails, adapters[:1]) as engine:
-        wanted = [request(f"{i}", prompt(5), 110, **LONG) for i in range(20)]
-        reading = [asyncio.create_task(collect(engine, w)) for w in wanted]
-        await until(lambda: engine.stats().num_running == 16)
-        await engine.close()
-        assert {(await task).reason for task in reading} == {FinishReason.CANCELLED}
-        assert not engine.alive
-        with pytest.raises(EngineDead, match="closed"):
-            await collect(engine, request("late", prompt(5)))
-        with pytest.raises(EngineDead):
-            await engine.load_adapter(adapters[1])
-        with pytest.raises(EngineDead):
-            await engine.merge_adapter(adapters[0].key)
 
 
 async def test_calls_while_it_closes_are_refused_and_do_not_hang(
