@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kasa_runtime.errors import ConfigError
+from kasa_runtime.runtime import RuntimeConfig
 
 
 def setting(default: Any, help: str) -> Any:
@@ -39,3 +40,11 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be at least 0, got {value}")
         if self.grpc_port and self.grpc_port == self.http_port:
             raise ConfigError(f"grpc_port and http_port must differ, both are {self.grpc_port}")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """All that `kasa serve` can be told: one tree, whose tables a configuration file has too."""
+
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
