@@ -417,6 +417,9 @@ class Runtime:
         # Of a text, too: a tokenizer may know more tokens than the model.
         if bad := [i for i in ids if not 0 <= i < limits.vocab_size]:
             raise InvalidRequest(where, f"want ids from 0 to {limits.vocab_size - 1}, got {bad[0]}")
+        allowed = self.config.limits.max_prompt_tokens or len(ids)
+        if len(ids) > allowed:
+            raise InvalidRequest(where, f"has {len(ids)} tokens, this server takes {allowed}")
         if len(ids) >= limits.context_length:
             raise InvalidRequest(
                 where, f"has {len(ids)} tokens, the context holds {limits.context_length}"

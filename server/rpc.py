@@ -16,6 +16,8 @@ import grpc
 from grpc_status import rpc_status
 
 from kasa_runtime.errors import InvalidRequest, KasaError
+from kasa_runtime.tokens import ANYONE, Caller
+from server.access import client_of, told_to
 from server.status import DeadlineExpired, to_status
 
 logger = logging.getLogger(__name__)
@@ -26,10 +28,13 @@ _num_calls = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of an RPC method. `request_id` is the client's own, or one made up for it."""
+    """One call of an RPC method. `request_id` is the client's own, or one made up for it; `client`
+    is whose limits it counts against."""
 
     context: Any
     request_id: str
+    caller: Caller
+    client: str
 
     @property
     def unique_id(self) -> str:
@@ -47,30 +52,35 @@ Method = Callable[[Any, Any, Call], Awaitable[Any]]
 
 
 def rpc(method: Method) -> Callable[[Any, Any, Any], Awaitable[Any]]:
-    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call.context`."""
+    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call.context`;
+    `self.gate` says who may call."""
 
     @functools.wraps(method)
     async def handle(self: Any, request: Any, context: Any) -> Any:
-        request_id = uuid.uuid4().hex
+        request_id, caller = uuid.uuid4().hex, ANYONE
+        metadata = dict(context.invocation_metadata() or ())
         try:
-            request_id = _request_id(context) or request_id
-            metadata = ((REQUEST_ID, request_id),)
-            context.set_trailing_metadata(metadata)
-            await context.send_initial_metadata(metadata)
-            return await method(self, request, Call(context, request_id))
+            request_id = _request_id(metadata) or request_id
+            ours = ((REQUEST_ID, request_id),)
+            context.set_trailing_metadata(ours)
+            caller = self.gate.caller(metadata)
+            client = client_of(caller, context.peer())
+            with self.gate.stream(client):
+                await context.send_initial_metadata(ours)
+                return await method(self, request, Call(context, request_id, caller, client))
         except grpc.aio.AbortError:
             raise
         except Exception as error:
             if not isinstance(error, (KasaError, DeadlineExpired)):
                 logger.exception("%s failed, request %s", method.__name__, request_id)
-            await _abort(context, error, request_id)
+            await _abort(context, told_to(caller, error), request_id)
 
     return handle
 
 
-def _request_id(context: Any) -> str:
+def _request_id(metadata: dict[str, Any]) -> str:
     """The client's request id, or "". Raises InvalidRequest."""
-    given = dict(context.invocation_metadata() or ()).get(REQUEST_ID, "")
+    given = metadata.get(REQUEST_ID, "")
     if given and not re.fullmatch(r"[!-~]{1,128}", given):
         raise InvalidRequest(REQUEST_ID, "must be 1 to 128 printable ASCII characters")
     return str(given)

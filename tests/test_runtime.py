@@ -424,6 +424,16 @@ async def test_adapters_that_are_not_there(tiny_chat_model: Path, adapters_dir: 
         assert info(runtime, "broken").state is AdapterState.QUARANTINED
 
 
+async def test_prompts_may_be_limited_below_the_context(
+    tiny_chat_model: Path, adapters_dir: Path
+) -> None:
+    limits = {"limits": LimitsConfig(max_prompt_tokens=8)}
+    async with serving(tiny_chat_model, adapters_dir, settings=limits) as runtime:
+        await read(runtime, ask(token_ids=(5,) * 8))
+        with pytest.raises(InvalidRequest, match="has 9 tokens, this server takes 8"):
+            await read(runtime, ask(token_ids=(5,) * 9))
+
+
 async def test_a_chat_without_a_template_is_refused(tmp_path: Path, adapters_dir: Path) -> None:
     model_dir = save_tiny_chat_model(tmp_path / "model")
     for file in model_dir.glob("*.jinja"):

@@ -25,7 +25,10 @@ from kasa_runtime.errors import ConfigError
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 ENVIRONMENT_PREFIX = "KASA_"
-OTHER_VARIABLES = ("KASA_ADDRESS", "KASA_CONFIG", "KASA_HOME", "KASA_PRINT_CONFIG")
+OTHER_VARIABLES = (
+    *("KASA_CONFIG", "KASA_HOME", "KASA_PRINT_CONFIG", "KASA_ADDRESS", "KASA_TOKEN", "KASA_TLS"),
+    *("KASA_ROOT_CERTIFICATES", "KASA_CERTIFICATE", "KASA_PRIVATE_KEY"),
+)
 NEAR = 0.8
 KINDS = {
     bool: "true or false",
