@@ -104,7 +104,7 @@ class Server:
         runtime, edge, server = self._runtime, self._edge, self._grpc
         edge.registry.register(Gauges(runtime, edge.label))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(runtime, edge.gate), server
+            GenerationService(runtime, edge.gate, log_prompts=self._config.log_prompts), server
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
             AdapterService(runtime, edge, edge.gate), server

@@ -108,6 +108,8 @@ class ServerConfig:
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "how much to log, on stderr"
     )
+    log_format: Literal["human", "json"] = setting("human", "lines for people, or for programs")
+    log_prompts: bool = setting(False, "log the text of prompts too, which may be confidential")
     tls: TlsConfig = field(default_factory=TlsConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
     clients: ClientLimits = field(default_factory=ClientLimits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from typing import Any
 
@@ -13,6 +12,7 @@ from kasa_runtime.commands.completion import model_names
 from kasa_runtime.commands.config_file import check_environment, config_option, show
 from kasa_runtime.commands.flags import build, options
 from kasa_runtime.runtime import begin
+from server import logs
 from server.config import ServeConfig
 
 
@@ -34,10 +34,7 @@ def command(context: click.Context, /, print_config: bool, **values: Any) -> Non
     if print_config:
         click.echo(show(config, context))
         return
-    logging.basicConfig(
-        level=config.server.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logs.configure(config.server.log_level, config.server.log_format)
     begun = begin(config.runtime)
     from server.app import serve  # here: `kasa serve --help` does not need gRPC
 
