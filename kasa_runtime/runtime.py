@@ -292,6 +292,8 @@ class Runtime:
         except BaseException as error:
             self._observer.failed(generation.name, error)
             raise
+        finally:
+            generation.tell_trace()
 
     def tokenize(
         self, *, prompt: str | None = None, messages: tuple[ChatMessage, ...] | None = None
@@ -442,11 +444,12 @@ class Runtime:
                 async with asyncio.timeout_at(on_loop_clock(request.deadline_s)):
                     if await self._exists(generation.name):
                         await visit.enter(len(generation.prompt_ids))
+                    generation.admitted_s = time.monotonic()
                     lease = await stack.enter_async_context(self._lease(request.adapter))
             except TimeoutError:
                 yield generation.end(FinishReason.DEADLINE)
                 return
-            generation.lease = lease
+            generation.lease, generation.leased_s = lease, time.monotonic()
             engine_request = EngineRequest(
                 request.request_id,
                 generation.prompt_ids,

@@ -35,6 +35,7 @@ from server.http_access import guard
 from server.metrics import Gauges, Metrics
 from server.model_service import ModelService
 from server.tls import Certificates
+from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class Server:
         wants_certificate = config.tls.tls_client_ca is not None
         guards = [guard(edge.gate, wants_certificate=wants_certificate)]
         self._http = web.AppRunner(build_app(runtime, edge.registry, guards), access_log=None)
+        endpoint = config.otlp_endpoint
+        self._tracing = Tracing.to_collector(endpoint, runtime.model.name) if endpoint else None
         self._stop = asyncio.Event()
         self._drain = True
         self.grpc_port = 0
@@ -104,7 +107,13 @@ class Server:
         runtime, edge, server = self._runtime, self._edge, self._grpc
         edge.registry.register(Gauges(runtime, edge.label))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(runtime, edge.gate, log_prompts=self._config.log_prompts), server
+            GenerationService(
+                runtime,
+                edge.gate,
+                log_prompts=self._config.log_prompts,
+                tracing=self._tracing,
+            ),
+            server,
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
             AdapterService(runtime, edge, edge.gate), server
@@ -131,6 +140,8 @@ class Server:
         await self._runtime.drain(self._config.drain_s if self._drain else 0.0)
         await self._grpc.stop(CLOSE_GRACE_S)
         await self._http.cleanup()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         logger.info("stopped")
 
     @property

@@ -110,6 +110,11 @@ class ServerConfig:
     )
     log_format: Literal["human", "json"] = setting("human", "lines for people, or for programs")
     log_prompts: bool = setting(False, "log the text of prompts too, which may be confidential")
+    otlp_endpoint: str = setting(
+        "",
+        "send traces of requests to this OpenTelemetry collector (gRPC), as http://HOST:4317; "
+        "needs the extra `tracing`",
+    )
     tls: TlsConfig = field(default_factory=TlsConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
     clients: ClientLimits = field(default_factory=ClientLimits)
@@ -125,6 +130,10 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be at least 0, got {value}")
         if self.grpc_port and self.grpc_port == self.http_port:
             raise ConfigError(f"grpc_port and http_port must differ, both are {self.grpc_port}")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"otlp_endpoint must begin with http:// or https://, got {self.otlp_endpoint!r}"
+            )
         self._refuse_open_doors()
 
     def _refuse_open_doors(self) -> None:
