@@ -308,6 +308,8 @@ class Runtime:
         except BaseException as error:
             self._observer.failed(generation.name, error)
             raise
+        finally:
+            generation.tell_trace()
 
     def tokenize(
         self, *, prompt: str | None = None, messages: tuple[ChatMessage, ...] | None = None
@@ -433,6 +435,9 @@ class Runtime:
         # Of a text, too: a tokenizer may know more tokens than the model.
         if bad := [i for i in ids if not 0 <= i < limits.vocab_size]:
             raise InvalidRequest(where, f"want ids from 0 to {limits.vocab_size - 1}, got {bad[0]}")
+        allowed = self.config.limits.max_prompt_tokens or len(ids)
+        if len(ids) > allowed:
+            raise InvalidRequest(where, f"has {len(ids)} tokens, this server takes {allowed}")
         if len(ids) >= limits.context_length:
             raise InvalidRequest(
                 where, f"has {len(ids)} tokens, the context holds {limits.context_length}"
@@ -456,11 +461,12 @@ class Runtime:
                     if await self._exists(generation.name):
                         self._fetch_ahead(request.adapter, visit)
                         await visit.enter(len(generation.prompt_ids))
+                    generation.admitted_s = time.monotonic()
                     lease = await stack.enter_async_context(self._lease(request.adapter))
             except TimeoutError:
                 yield generation.end(FinishReason.DEADLINE)
                 return
-            generation.lease = lease
+            generation.lease, generation.leased_s = lease, time.monotonic()
             engine_request = EngineRequest(
                 request.request_id,
                 generation.prompt_ids,

@@ -42,11 +42,13 @@ class AdapterHost(Protocol):
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to use one version. `key` names it in the engine."""
+    """The right to use one version. `key` names it in the engine. `load_began_s`: since when, on
+    the clock of `time.monotonic`, its load was waited for; None if it was there."""
 
     key: str
     name: str
     version: str
+    load_began_s: float | None = None
 
 
 @dataclass
@@ -111,10 +113,11 @@ class Residency:
         async with AsyncExitStack() as until_loaded:
             await until_loaded.enter_async_context(self._loader.hold(info))
             resident = await self._hold(key, info)
+            load_began_s = None if resident.ready else time.monotonic()
             try:
                 await asyncio.shield(resident.loading)
                 await until_loaded.aclose()
-                yield Lease(key, info.name, info.version)
+                yield Lease(key, info.name, info.version, load_began_s)
             finally:
                 await self._release(key, resident)
 
