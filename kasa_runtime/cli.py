@@ -23,6 +23,7 @@ COMMANDS = {
     "status": "Show what a running server serves.",
     "generate": "Send a prompt to a running server.",
     "adapters": "List, upload, merge and otherwise manage adapters of a running server.",
+    "token": "Make tokens that a server lets in.",
     "train": "Train an adapter from a run.toml.",
     "experiment": "Compare ways to train over several seeds.",
     "model": "Fetch, inspect and prepare base models.",

@@ -15,23 +15,31 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from kasa_runtime import client_wire as wire
+from kasa_runtime.client_security import SecurityOptions, open_channel
 from kasa_runtime.client_wire import GenerateOptions, Progress, UploadOptions
 from kasa_runtime.types import AdapterInfo, ChatMessage, ModelInfo, TokenChunk
 
-__all__ = ["AsyncClient", "Client", "GenerateOptions", "Progress", "UploadOptions"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "GenerateOptions",
+    "Progress",
+    "SecurityOptions",
+    "UploadOptions",
+]
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1)]
 
 Result = TypeVar("Result")
 
 
 class Client:
-    """Calls a server, from any thread. Close it, or use `with`."""
+    """Calls a server, from any thread. Close it, or use `with`. Raises ConfigError for files of
+    `security` that cannot be used."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, **security: Unpack[SecurityOptions]) -> None:
         self._address = address
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = open_channel(address, security)
         self._stubs = wire.Stubs(self._channel)
 
     def close(self) -> None:
@@ -123,9 +131,10 @@ class Client:
 class AsyncClient:
     """Calls a server from the event loop in which it is made. Close it, or use `async with`."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, **security: Unpack[SecurityOptions]) -> None:
         self._address = address
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._security = security
+        self._channel = open_channel(address, security, asynchronous=True)
         self._stubs = wire.Stubs(self._channel)
 
     async def close(self) -> None:
@@ -158,7 +167,7 @@ class AsyncClient:
     async def upload(self, directory: Path | str, **options: Unpack[UploadOptions]) -> AdapterInfo:
         # In a thread, with gRPC's other client: a server that refuses early would here often look
         # like INTERNAL. Drop when grpc/grpc#36066 is fixed. Cancelling closes the channel.
-        with Client(self._address) as client:
+        with Client(self._address, **self._security) as client:
             return await asyncio.to_thread(client.upload, directory, **options)
 
     async def list_adapters(self, *, timeout_s: float | None = None) -> list[AdapterInfo]:

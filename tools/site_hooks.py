@@ -23,7 +23,6 @@ PAGES = {
     "adapters/README.md": "adapter-format.md",
     "proto/kasa/v1": "reference/wire.md",
 }
-MAY_BE_ABSENT = {"configuration.md", "security.md"}
 SOURCES = {page: source for source, page in PAGES.items()}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^ *(```|~~~)")
@@ -43,13 +42,13 @@ FOLLOWED_BY_HAND = {"canonical", "next", "prev", "alternate", "author", "license
 
 
 def on_config(config: Any) -> Any:
-    """Make the navigation that of this checkout."""
+    """Put the pages of folders into the navigation."""
     config.nav = list(_navigation(config.nav))
     return config
 
 
 def _navigation(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Leaves out the pages that a checkout may lack. A folder stands for its pages."""
+    """A folder stands for its pages."""
     for entry in entries:
         [(title, target)] = entry.items()
         if isinstance(target, list):
@@ -58,7 +57,7 @@ def _navigation(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             pages = sorted((ROOT / "docs" / target).glob("*.md"))
             if pages:
                 yield {title: [target + page.name for page in pages]}
-        elif target not in MAY_BE_ABSENT or (ROOT / "docs" / target).exists():
+        else:
             yield entry
 
 

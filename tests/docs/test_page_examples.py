@@ -107,6 +107,7 @@ def root(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkout")
     model = home / "models" / "smollm2-135m"
     (root / "M").symlink_to(model)
+    (root / "kasa.toml").write_text('[runtime]\nadapters_dir = "adapters"\n')
     base = BaseModel(model)
     for seed, name in enumerate(ADAPTERS):
         fingerprint = base.fingerprint
