@@ -16,7 +16,7 @@ import grpc
 
 from kasa_runtime import client_wire as wire
 from kasa_runtime.client_wire import GenerateOptions, Progress, UploadOptions
-from kasa_runtime.types import AdapterInfo, ChatMessage, ModelInfo, TokenChunk
+from kasa_runtime.types import AdapterInfo, AdapterVersion, ChatMessage, ModelInfo, TokenChunk
 
 __all__ = ["AsyncClient", "Client", "GenerateOptions", "Progress", "UploadOptions"]
 
@@ -76,6 +76,11 @@ class Client:
     def get_adapter(self, name: str) -> AdapterInfo:
         """An adapter, also one in quarantine. Raises AdapterNotFound."""
         return self._do(wire.to_adapter("GetAdapter", name=name))
+
+    def list_adapter_versions(self, name: str) -> list[AdapterVersion]:
+        """What is kept of a name, latest first: what `name@version` and a rollback can reach.
+        Raises AdapterNotFound, AdapterQuarantined."""
+        return self._do(wire.list_adapter_versions(name))
 
     def delete_adapter(self, name: str) -> None:
         """Delete all versions. Raises AdapterNotFound, AdapterInUse."""
@@ -170,6 +175,9 @@ class AsyncClient:
 
     async def get_adapter(self, name: str) -> AdapterInfo:
         return await self._do(wire.to_adapter("GetAdapter", name=name))
+
+    async def list_adapter_versions(self, name: str) -> list[AdapterVersion]:
+        return await self._do(wire.list_adapter_versions(name))
 
     async def delete_adapter(self, name: str) -> None:
         return await self._do(wire.delete_adapter(name))

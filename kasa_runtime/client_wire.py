@@ -102,6 +102,14 @@ def list_adapters(
     return UnaryCall(lambda s: s.adapters.ListAdapters, request, result, {"timeout": timeout_s})
 
 
+def list_adapter_versions(name: str) -> UnaryCall[list[t.AdapterVersion]]:
+    def result(response: Any) -> list[t.AdapterVersion]:
+        return [_adapter_version(message) for message in response.versions]
+
+    request = adapters_pb2.ListAdapterVersionsRequest(name=name)
+    return UnaryCall(lambda s: s.adapters.ListAdapterVersions, request, result)
+
+
 def to_adapter(method: str, **arguments: str | bool) -> UnaryCall[t.AdapterInfo]:
     """A method of AdapterService that answers with the adapter."""
     request = getattr(adapters_pb2, f"{method}Request")(**arguments)
@@ -248,6 +256,18 @@ def adapter(message: Any) -> t.AdapterInfo:
         reason=message.reason,
         tier=_enum(t.AdapterTier, adapters_pb2.AdapterTier, message.tier) or t.AdapterTier.DISK,
         pinned=message.pinned,
+    )
+
+
+def _adapter_version(message: Any) -> t.AdapterVersion:
+    return t.AdapterVersion(
+        version=message.version,
+        current=message.current,
+        size_bytes=message.size_bytes,
+        create_time=message.create_time.ToMicroseconds() / 1e6,
+        state=_enum(t.AdapterState, adapters_pb2.AdapterState, message.state),
+        tier=_enum(t.AdapterTier, adapters_pb2.AdapterTier, message.tier),
+        in_flight=message.in_flight,
     )
 
 

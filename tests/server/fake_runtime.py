@@ -22,6 +22,7 @@ from kasa_runtime.types import (
     AdapterMethod,
     AdapterState,
     AdapterTier,
+    AdapterVersion,
     ChatMessage,
     FinishReason,
     GenerationRequest,
@@ -173,6 +174,11 @@ class FakeRuntime:
 
     async def get_adapter(self, name: str) -> AdapterInfo:
         return self.find(name)
+
+    async def list_adapter_versions(self, name: str) -> list[AdapterVersion]:
+        info = self.find(name)
+        current = AdapterVersion(info.version, True, 4096, 1.5, info.state, info.tier, 2)
+        return [current, AdapterVersion("0ld", False, 1024, 0.5)]
 
     def find(self, name: str) -> AdapterInfo:
         info = self._adapters.get(name.partition("@")[0])

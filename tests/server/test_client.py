@@ -167,6 +167,12 @@ async def test_adapter_methods_of_the_sync_client(served):
     assert await in_thread(served, use) == states
 
 
+async def test_versions_survive_the_wire(served, client):
+    versions = await client.list_adapter_versions("style")
+    assert versions == await served.runtime.list_adapter_versions("style")
+    assert versions == await in_thread(served, lambda c: c.list_adapter_versions("style"))
+
+
 async def test_tokenize(client):
     assert await client.tokenize("a bc") == [1, 2]
     assert await client.tokenize(messages=[ChatMessage("user", "abc")]) == [3]

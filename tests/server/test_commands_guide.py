@@ -16,6 +16,7 @@ from kasa_runtime.types import (
     AdapterMethod,
     AdapterState,
     AdapterTier,
+    AdapterVersion,
     FinishReason,
     Mode,
     ModelInfo,
@@ -61,6 +62,7 @@ def test_every_command_with_a_result_has_it_as_json(name: str) -> None:
     ("title", "result", "enums"),
     [
         ("adapter", AdapterInfo, (AdapterState, AdapterMethod, AdapterTier)),
+        ("version", AdapterVersion, ()),
         ("model", ModelInfo, ()),
         ("generation", TokenChunk, (FinishReason, Mode)),
     ],
