@@ -1,8 +1,8 @@
 """Clients of a server, for threads (`Client`) and for asyncio (`AsyncClient`).
 
-With `client_wire.py` the one place outside `server/` that knows gRPC; callers see the library's
-types. Errors are those of `kasa_runtime.errors`; a deadline that passes is a TimeoutError; a server
-that does not answer is a KasaError. Methods that both clients have are described at `Client`.
+With `client_wire.py` and `client_upload.py` the one place outside `server/` that knows gRPC;
+callers see the library's types. Errors are those of `kasa_runtime.errors`; a deadline that passes
+is a TimeoutError. Methods that both clients have are described at `Client`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from kasa_runtime import client_wire as wire
-from kasa_runtime.client_wire import GenerateOptions, Progress, UploadOptions
+from kasa_runtime.client_upload import Progress, UploadMessages, UploadOptions
+from kasa_runtime.client_wire import GenerateOptions
+from kasa_runtime.errors import KasaError
 from kasa_runtime.types import AdapterInfo, AdapterVersion, ChatMessage, ModelInfo, TokenChunk
 
 __all__ = ["AsyncClient", "Client", "GenerateOptions", "Progress", "UploadOptions"]
@@ -63,7 +65,13 @@ class Client:
 
     def upload(self, directory: Path | str, **options: Unpack[UploadOptions]) -> AdapterInfo:
         """Publish a directory. Raises AdapterInvalid, BaseMismatch, VersionConflict."""
-        return self._do(wire.upload(Path(directory), options))
+        messages = UploadMessages(Path(directory), options)
+        try:
+            return self._do(wire.upload(iter(messages)))
+        except KasaError:
+            if messages.failure is not None:
+                raise messages.failure from None
+            raise
 
     def list_adapters(self, *, timeout_s: float | None = None) -> list[AdapterInfo]:
         """All adapters by name, those in quarantine too. `timeout_s` is for each page of 1000."""

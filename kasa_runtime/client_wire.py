@@ -5,10 +5,8 @@ Both clients make the same `UnaryCall`s; only how they wait for the answer diffe
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
 
 import grpc
@@ -27,14 +25,8 @@ from kasa_runtime import errors
 from kasa_runtime import types as t
 from kasa_runtime.errors import reason
 
-CHUNK_BYTES = 2**20
 PAGE_SIZE = 1000  # the most that a server gives
-REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
-OPTIONAL_FILES = ("kasa_meta.json", "README.md")
-
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]
-"""Called, in another thread, with the bytes sent so far and those of the whole upload."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -47,14 +39,6 @@ class GenerateOptions(TypedDict, total=False):
     timeout_s: float | None  # default: none
     request_id: str  # for the server's log
     cache_salt: str  # only requests with the same one share cached prefixes; default: ""
-
-
-class UploadOptions(TypedDict, total=False):
-    """What an upload takes beside the directory."""
-
-    name: str | None  # default: the directory's
-    expected_version: str | None  # only onto this version; "" = only if the name is new
-    progress: Progress | None
 
 
 class Stubs:
@@ -84,9 +68,7 @@ def generate(prompt: str | None, options: GenerateOptions) -> UnaryCall[t.TokenC
     return UnaryCall(lambda s: s.generation.Generate, request, chunk, call_options(options))
 
 
-def upload(directory: Path, options: UploadOptions) -> UnaryCall[t.AdapterInfo]:
-    """The request is an iterator that reads files as it goes."""
-    messages = upload_messages(directory, options)
+def upload(messages: Iterator[Any]) -> UnaryCall[t.AdapterInfo]:
     return UnaryCall(lambda s: s.adapters.UploadAdapter, messages, _adapter_of)
 
 
@@ -175,47 +157,6 @@ def _chat(messages: Sequence[t.ChatMessage] | None) -> Any:
         return None
     wire = [generation_pb2.ChatMessage(role=m.role, content=m.content) for m in messages]
     return generation_pb2.Chat(messages=wire)
-
-
-def upload_messages(directory: Path, options: UploadOptions) -> Iterator[Any]:
-    """The manifest, then the files in chunks. Raises AdapterInvalid when a file is missing or
-    cannot be read."""
-    missing = [name for name in REQUIRED_FILES if not (directory / name).is_file()]
-    if missing:
-        raise errors.AdapterInvalid(f"{directory} is no adapter: it has no {', '.join(missing)}")
-    optional = [name for name in OPTIONAL_FILES if (directory / name).is_file()]
-    paths = [directory / name for name in (*REQUIRED_FILES, *optional)]
-    manifest = adapters_pb2.UploadManifest(
-        name=options.get("name") or directory.resolve().name,
-        files=[_upload_file(path) for path in paths],
-        expected_version=options.get("expected_version"),
-    )
-    return _upload_messages(manifest, paths, options.get("progress"))
-
-
-def _upload_messages(manifest: Any, paths: list[Path], progress: Progress | None) -> Iterator[Any]:
-    yield adapters_pb2.UploadAdapterRequest(manifest=manifest)
-    num_sent, num_bytes = 0, sum(file.size for file in manifest.files)
-    for path in paths:
-        offset = 0
-        with path.open("rb") as file:
-            while data := file.read(CHUNK_BYTES):
-                chunk = adapters_pb2.UploadChunk(path=path.name, offset=offset, data=data)
-                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
-                offset += len(data)
-                num_sent += len(data)
-                if progress is not None:
-                    progress(num_sent, num_bytes)
-
-
-def _upload_file(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = path.stat().st_size
-    except OSError as error:
-        raise errors.AdapterInvalid(f"{path} cannot be read: {error.strerror or error}") from error
-    return adapters_pb2.UploadFile(path=path.name, size=size, sha256=digest)
 
 
 # Responses

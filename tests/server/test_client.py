@@ -134,6 +134,37 @@ async def test_directory_that_is_no_adapter_is_not_sent(client, tmp_path):
         await client.upload(tmp_path)
 
 
+async def test_file_that_cannot_be_read_is_no_adapter(client, adapter_dir):
+    weights = adapter_dir / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(
+        "/proc/self/mem"
+    )  # a file that nobody, root neither, can read from its start
+    with pytest.raises(
+        errors.AdapterInvalid, match=r"adapter_model.* cannot be read: Input/output"
+    ):
+        await client.upload(adapter_dir)
+
+
+async def test_file_that_goes_while_others_are_sent_is_no_adapter(served, client, adapter_dir):
+    def remove(sent, size):
+        (adapter_dir / "kasa_meta.json").unlink(missing_ok=True)
+
+    with pytest.raises(errors.AdapterInvalid, match=r"kasa_meta.json cannot be read: No such file"):
+        await client.upload(adapter_dir, progress=remove)
+    assert served.runtime.uploaded == {}
+
+
+async def test_what_progress_raises_ends_the_upload(served, client, adapter_dir):
+    def stop(sent, size):
+        if sent == size:
+            raise ZeroDivisionError("enough")
+
+    with pytest.raises(ZeroDivisionError, match="enough"):
+        await client.upload(adapter_dir, progress=stop)
+    assert served.runtime.uploaded == {}
+
+
 async def test_adapter_methods(client):
     loaded = await client.load_adapter("style")
     assert (loaded.state, loaded.tier) == (AdapterState.RESIDENT, AdapterTier.SLOT)
@@ -214,6 +245,16 @@ async def test_exactly_one_input(client, inputs):
         await client.generate(**inputs)
 
 
-def test_no_server_says_what_to_do():
-    with Client("127.0.0.1:1") as client, pytest.raises(errors.KasaError, match="kasa serve"):
-        client.get_model()
+async def test_no_server_says_what_to_do():
+    def use():
+        with Client("127.0.0.1:1") as client:
+            for call in (client.get_model, lambda: list(client.stream("one"))):
+                with pytest.raises(errors.Unreachable, match=r"127\.0\.0\.1:1.*`kasa serve`"):
+                    call()
+
+    await asyncio.to_thread(use)
+    async with AsyncClient("127.0.0.1:1") as client:
+        with pytest.raises(errors.Unreachable, match="kasa serve"):
+            await client.get_model()
+        with pytest.raises(errors.Unreachable, match="kasa serve"):
+            await anext(client.stream("one"))

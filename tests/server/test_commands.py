@@ -169,7 +169,9 @@ async def test_a_server_that_is_not_there_is_a_failed_request(silent_address):
     arguments = ["adapters", "list", "--address", silent_address, "--json"]
     result = await asyncio.to_thread(CliRunner().invoke, cli, arguments)
     assert result.exit_code == 1
-    assert "is `kasa serve` running there?" in json.loads(result.stderr)["error"]["message"]
+    error = json.loads(result.stderr)["error"]
+    assert error["reason"] == "UNREACHABLE"
+    assert "is `kasa serve` running there?" in error["message"]
 
 
 @pytest.fixture
