@@ -23,17 +23,28 @@ from kasa_runtime.types import AdapterInfo, AdapterVersion, ChatMessage, ModelIn
 __all__ = ["AsyncClient", "Client", "GenerateOptions", "Progress", "UploadOptions"]
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1)]
 
 Result = TypeVar("Result")
 
 
 class Client:
-    """Calls a server, from any thread. Close it, or use `with`."""
+    """Calls a server, from any thread. Close it, or use `with`.
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    `timeout_s`: of each call that is given none. `max_attempts` (1 to 5): where a server is not
+    there, is shutting down or goes away, calls are made again, in all so often and for about 3 s;
+    but no generation after its first token, and nothing that must not happen twice (upload, delete,
+    rollback). Raises ConfigError."""
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float | None = None,
+        max_attempts: int = wire.MAX_ATTEMPTS,
+    ) -> None:
         self._address = address
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(address, options=wire.channel_options(max_attempts))
         self._stubs = wire.Stubs(self._channel)
 
     def close(self) -> None:
@@ -54,7 +65,9 @@ class Client:
     ) -> Iterator[TokenChunk]:
         """A generation as it comes. Closing the iterator cancels it."""
         request = wire.generate_request(prompt, options)
-        call = self._stubs.generation.GenerateStream(request, **wire.call_options(options))
+        call = self._stubs.generation.GenerateStream(
+            request, **wire.call_options(options, self._timeout_s)
+        )
         try:
             for message in call:
                 yield wire.chunk(message)
@@ -128,17 +141,28 @@ class Client:
 
     def _do(self, call: wire.UnaryCall[Result]) -> Result:
         try:
-            return call.result(call.method(self._stubs)(call.request, **call.options))
+            return call.result(
+                call.method(self._stubs)(call.request, **call.timed(self._timeout_s))
+            )
         except grpc.RpcError as error:
             raise wire.error(error, self._address) from None
 
 
 class AsyncClient:
-    """Calls a server from the event loop in which it is made. Close it, or use `async with`."""
+    """Calls a server from the event loop in which it is made. Close it, or use `async with`. Takes
+    what `Client` takes."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float | None = None,
+        max_attempts: int = wire.MAX_ATTEMPTS,
+    ) -> None:
         self._address = address
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._timeout_s = timeout_s
+        options = wire.channel_options(max_attempts)
+        self._channel = grpc.aio.insecure_channel(address, options=options)
         self._stubs = wire.Stubs(self._channel)
 
     async def close(self) -> None:
@@ -159,7 +183,9 @@ class AsyncClient:
         self, prompt: str | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[TokenChunk]:
         request = wire.generate_request(prompt, options)
-        call = self._stubs.generation.GenerateStream(request, **wire.call_options(options))
+        call = self._stubs.generation.GenerateStream(
+            request, **wire.call_options(options, self._timeout_s)
+        )
         try:
             async for message in call:
                 yield wire.chunk(message)
@@ -171,7 +197,7 @@ class AsyncClient:
     async def upload(self, directory: Path | str, **options: Unpack[UploadOptions]) -> AdapterInfo:
         # In a thread, with gRPC's other client: a server that refuses early would here often look
         # like INTERNAL. Drop when grpc/grpc#36066 is fixed. Cancelling closes the channel.
-        with Client(self._address) as client:
+        with Client(self._address, timeout_s=self._timeout_s) as client:
             return await asyncio.to_thread(client.upload, directory, **options)
 
     async def list_adapters(self, *, timeout_s: float | None = None) -> list[AdapterInfo]:
@@ -215,6 +241,8 @@ class AsyncClient:
 
     async def _do(self, call: wire.UnaryCall[Result]) -> Result:
         try:
-            return call.result(await call.method(self._stubs)(call.request, **call.options))
+            return call.result(
+                await call.method(self._stubs)(call.request, **call.timed(self._timeout_s))
+            )
         except grpc.RpcError as error:
             raise wire.error(error, self._address) from None

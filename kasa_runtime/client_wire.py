@@ -5,6 +5,7 @@ Both clients make the same `UnaryCall`s; only how they wait for the answer diffe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Generic, TypedDict, TypeVar
@@ -26,6 +27,22 @@ from kasa_runtime import types as t
 from kasa_runtime.errors import reason
 
 PAGE_SIZE = 1000  # the most that a server gives
+MAX_ATTEMPTS = 5  # the most that gRPC makes
+RETRIED = {
+    "GenerationService": ("Generate", "GenerateStream"),  # nothing is kept of a broken-off one
+    "AdapterService": (
+        "ListAdapters",
+        "GetAdapter",
+        "ListAdapterVersions",
+        "LoadAdapter",
+        "UnloadAdapter",
+        "MergeAdapter",
+        "UnmergeAdapter",
+    ),
+    "ModelService": ("GetModel", "Tokenize"),
+}
+"""Methods that may be called again when it is not known whether a first call did anything."""
+
 Result = TypeVar("Result")
 
 
@@ -39,6 +56,39 @@ class GenerateOptions(TypedDict, total=False):
     timeout_s: float | None  # default: none
     request_id: str  # for the server's log
     cache_salt: str  # only requests with the same one share cached prefixes; default: ""
+
+
+def channel_options(max_attempts: int) -> list[tuple[str, Any]]:
+    """Of a channel that calls again what may be called again: after UNAVAILABLE, before the first
+    message of a response, with pauses of about 0.1, 0.3, 0.9 and 2 s. Raises ConfigError."""
+    if not 1 <= max_attempts <= MAX_ATTEMPTS:
+        raise errors.ConfigError(f"max_attempts must be 1 to {MAX_ATTEMPTS}, got {max_attempts}")
+    options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", -1)]
+    if max_attempts == 1:
+        return [*options, ("grpc.enable_retries", 0)]
+    policy = {
+        "maxAttempts": max_attempts,
+        "initialBackoff": "0.1s",
+        "backoffMultiplier": 3,
+        "maxBackoff": "2s",
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    names = [
+        {"service": f"kasa.v1.{service}", "method": method}
+        for service, methods in RETRIED.items()
+        for method in methods
+    ]
+    return [
+        *options,
+        (
+            "grpc.service_config",
+            json.dumps({"methodConfig": [{"name": names, "retryPolicy": policy}]}),
+        ),
+        # A channel connects again at its own pace, which by default is slower than these attempts.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.per_rpc_retry_buffer_size", 8 * 2**20),  # longer prompts are not sent again
+    ]
 
 
 class Stubs:
@@ -58,6 +108,11 @@ class UnaryCall(Generic[Result]):
     request: Any
     result: Callable[[Any], Result]
     options: dict[str, Any] = field(default_factory=dict)
+
+    def timed(self, timeout_s: float | None) -> dict[str, Any]:
+        """The call's options, with `timeout_s` where it has no timeout of its own."""
+        given_s = self.options.get("timeout")
+        return self.options | {"timeout": timeout_s if given_s is None else given_s}
 
 
 # Calls
@@ -138,11 +193,15 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> Any:
     )
 
 
-def call_options(options: GenerateOptions) -> dict[str, Any]:
+def call_options(
+    options: GenerateOptions, default_timeout_s: float | None = None
+) -> dict[str, Any]:
     """Timeout and metadata of a generation's call."""
+    timeout_s = options.get("timeout_s")
     request_id = options.get("request_id")
     metadata = (("x-request-id", request_id),) if request_id else ()
-    return {"timeout": options.get("timeout_s"), "metadata": metadata}
+    timeout_s = default_timeout_s if timeout_s is None else timeout_s
+    return {"timeout": timeout_s, "metadata": metadata}
 
 
 def _require_one(**inputs: object) -> None:

@@ -33,7 +33,7 @@ class GenerationService:
         # Written, not yielded: a generator suspended in a yield would not see the cancellation.
         async with aclosing(coalesced(self._runtime.generate(request))) as chunks:
             async for chunk in chunks:
-                await call.context.write(convert.stream_response(chunk))
+                await call.write(convert.stream_response(chunk))
                 _check_deadline(chunk)
 
 

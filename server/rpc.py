@@ -24,12 +24,25 @@ REQUEST_ID = "x-request-id"
 _num_calls = itertools.count(1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """One call of an RPC method. `request_id` is the client's own, or one made up for it."""
 
     context: Any
     request_id: str
+    begun: bool = False
+
+    async def begin(self) -> None:
+        """Send the initial metadata if that was not done. Until then gRPC takes the call for one
+        that did nothing yet, so that clients may retry it."""
+        if not self.begun:
+            self.begun = True
+            await self.context.send_initial_metadata(((REQUEST_ID, self.request_id),))
+
+    async def write(self, message: Any) -> None:
+        """Send a message of a stream."""
+        await self.begin()
+        await self.context.write(message)
 
     @property
     def unique_id(self) -> str:
@@ -47,17 +60,18 @@ Method = Callable[[Any, Any, Call], Awaitable[Any]]
 
 
 def rpc(method: Method) -> Callable[[Any, Any, Any], Awaitable[Any]]:
-    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call.context`."""
+    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call`."""
 
     @functools.wraps(method)
     async def handle(self: Any, request: Any, context: Any) -> Any:
         request_id = uuid.uuid4().hex
         try:
             request_id = _request_id(context) or request_id
-            metadata = ((REQUEST_ID, request_id),)
-            context.set_trailing_metadata(metadata)
-            await context.send_initial_metadata(metadata)
-            return await method(self, request, Call(context, request_id))
+            context.set_trailing_metadata(((REQUEST_ID, request_id),))
+            call = Call(context, request_id)
+            response = await method(self, request, call)
+            await call.begin()
+            return response
         except grpc.aio.AbortError:
             raise
         except Exception as error:

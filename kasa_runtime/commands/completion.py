@@ -45,7 +45,7 @@ def adapter_names(
     from kasa_runtime.client import Client
 
     try:
-        with Client(context.params["address"]) as client:
+        with Client(context.params["address"], max_attempts=1) as client:
             infos = client.list_adapters(timeout_s=TIMEOUT_S)
     except (KasaError, TimeoutError):
         return []

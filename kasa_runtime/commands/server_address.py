@@ -25,7 +25,7 @@ def address_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def connect(address: str) -> Client:
-    """A client of the server at an address."""
+    """A client of the server at an address. Where none answers, people are told at once."""
     from kasa_runtime.client import Client  # here: `--help` does not need gRPC
 
-    return Client(address)
+    return Client(address, max_attempts=1)
