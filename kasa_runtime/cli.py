@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": "Serve one base model and its adapters over gRPC.",
     "status": "Show what a running server serves.",
     "generate": "Send a prompt to a running server.",
+    "chat": "Talk with a running server, turn by turn.",
     "adapters": "List, upload, merge and otherwise manage adapters of a running server.",
     "train": "Train an adapter from a run.toml.",
     "experiment": "Compare ways to train over several seeds.",

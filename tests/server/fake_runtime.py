@@ -107,6 +107,7 @@ class FakeRuntime:
         self.ended = asyncio.Event()
         self.drained_s: float | None = None
         self.closed = False
+        self.answer = "hello there"  # to messages and token ids
         self.merged = ""
         self.uploaded: dict[str, bytes] = {}
         self._adapters = {info.name: info for info in (STYLE, BROKEN)}
@@ -142,7 +143,7 @@ class FakeRuntime:
     async def _chunks(
         self, request: GenerationRequest, info: AdapterInfo | None
     ) -> AsyncIterator[TokenChunk]:
-        words = (request.prompt or "hello there").split()[: request.sampling.max_tokens]
+        words = (request.prompt or self.answer).split()[: request.sampling.max_tokens]
         reason = FinishReason.STOP
         for index, word in enumerate(words):
             await asyncio.sleep(self.delay_s)
