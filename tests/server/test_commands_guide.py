@@ -11,6 +11,7 @@ import click
 import pytest
 
 from kasa_runtime.cli import cli
+from kasa_runtime.loadtest.report import Figures, Percentiles, Report
 from kasa_runtime.types import (
     AdapterInfo,
     AdapterMethod,
@@ -69,6 +70,9 @@ def test_every_command_with_a_result_has_it_as_json(name: str) -> None:
         ("version", AdapterVersion, ()),
         ("model", ModelInfo, ()),
         ("generation", TokenChunk, (FinishReason, Mode)),
+        ("report", Report, ()),
+        ("figures", Figures, ()),
+        ("percentiles", Percentiles, ()),
     ],
 )
 def test_the_forms_are_those_that_are_printed(title: str, result: type, enums: tuple) -> None:
