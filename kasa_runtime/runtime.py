@@ -42,6 +42,7 @@ from kasa_runtime.merging import AutoMerge, MergeConfig, MergePolicy
 from kasa_runtime.types import (
     BASE,
     AdapterInfo,
+    AdapterVersion,
     ChatMessage,
     FinishReason,
     GenerationRequest,
@@ -327,6 +328,11 @@ class Runtime:
         """`name` or `name@version`; a quarantined one is returned, not raised. Raises
         AdapterNotFound."""
         return await self._manager.get(name)
+
+    async def list_adapter_versions(self, name: str) -> list[AdapterVersion]:
+        """What `name@version` and a rollback can reach, latest first. Raises AdapterNotFound,
+        AdapterQuarantined (nothing is served of it)."""
+        return await self._manager.versions(name)
 
     def upload(self, manifest: UploadManifest) -> AbstractAsyncContextManager[Upload]:
         """Stage an adapter; see `Upload`. Leaving the context without `commit` discards it."""

@@ -238,6 +238,20 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """A version of an adapter that is kept on the disk, so that `name@version` and a rollback reach
+    it."""
+
+    version: str  # digest of the content
+    current: bool  # what the name alone stands for
+    size_bytes: int
+    create_time: float  # seconds since the epoch
+    state: AdapterState = AdapterState.READY
+    tier: AdapterTier = AdapterTier.DISK
+    in_flight: int = 0  # requests that hold it
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """The base model that a runtime serves."""
 

@@ -42,6 +42,19 @@ class Call:
     caller: Caller = ANYONE
     client: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    begun: bool = False
+
+    async def begin(self) -> None:
+        """Send the initial metadata if that was not done. Until then gRPC takes the call for one
+        that did nothing yet, so that clients may retry it."""
+        if not self.begun:
+            self.begun = True
+            await self.context.send_initial_metadata(((REQUEST_ID, self.request_id),))
+
+    async def write(self, message: Any) -> None:
+        """Send a message of a stream."""
+        await self.begin()
+        await self.context.write(message)
 
     @property
     def unique_id(self) -> str:
@@ -59,8 +72,8 @@ Method = Callable[[Any, Any, Call], Awaitable[Any]]
 
 
 def rpc(method: Method) -> Callable[[Any, Any, Any], Awaitable[Any]]:
-    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call.context`;
-    `self.gate` says who may call."""
+    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call`; `self.gate`
+    says who may call."""
 
     @functools.wraps(method)
     async def handle(self: Any, request: Any, context: Any) -> Any:
@@ -82,13 +95,13 @@ def rpc(method: Method) -> Callable[[Any, Any, Any], Awaitable[Any]]:
 
 
 async def _admitted(method: Method, service: Any, request: Any, call: Call) -> Any:
-    ours = ((REQUEST_ID, call.request_id),)
-    call.context.set_trailing_metadata(ours)
+    call.context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
     call.caller = service.gate.caller(call.metadata)
     call.client = client_of(call.caller, call.context.peer())
     with service.gate.stream(call.client):
-        await call.context.send_initial_metadata(ours)
-        return await method(service, request, call)
+        response = await method(service, request, call)
+        await call.begin()
+        return response
 
 
 def _take_request_id(call: Call) -> InvalidRequest | None:
