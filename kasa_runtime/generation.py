@@ -34,6 +34,7 @@ class Generation:
     observer: Observer
     prompt_ids: tuple[int, ...] = ()
     lease: Lease | None = None
+    load_s: float = 0.0  # how long the lease was waited for
     _ended: bool = field(default=False, init=False)
     _mode: Mode = field(default=Mode.BASE, init=False)
     _num_tokens: int = field(default=0, init=False)
@@ -67,7 +68,8 @@ class Generation:
         now_s = time.monotonic()
         total_s = now_s - self.arrival_s
         self._ended = True
-        self.observer.finished(self.name, self._mode, reason, total_s=total_s)
+        decode_s = self._last_token_s - (self._first_token_s or self._last_token_s)
+        self.observer.finished(self.name, self._mode, reason, decode_s=decode_s, total_s=total_s)
         return replace(
             chunk,
             text=chunk.text + self.detokenizer.finish(),
@@ -95,6 +97,7 @@ class Generation:
             self.observer.first_token(
                 self.name,
                 queue_s=(self._scheduled_s or now_s) - self.arrival_s,
+                load_s=self.load_s,
                 ttft_s=now_s - self.arrival_s,
                 prompt_tokens=len(self.prompt_ids),
             )

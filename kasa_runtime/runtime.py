@@ -362,6 +362,11 @@ class Runtime:
             resident_adapters=self._manager.resident_names(),
             host_tier_bytes=self._manager.host_tier_bytes,
             token_shares=self._merge_policy.shares() if self._auto_merge is not None else {},
+            num_slots=self._engine.limits.max_slots,
+            num_steps=engine.num_steps,
+            num_preemptions=engine.num_preemptions,
+            running_adapters=self._admission.num_inside,
+            waiting_adapters=self._admission.num_waiting,
         )
 
     # --- inside -----------------------------------------------------------------------------------
@@ -439,7 +444,9 @@ class Runtime:
                 async with asyncio.timeout_at(on_loop_clock(request.deadline_s)):
                     if await self._exists(generation.name):
                         await visit.enter(len(generation.prompt_ids))
+                    wanted_s = time.monotonic()
                     lease = await stack.enter_async_context(self._lease(request.adapter))
+                    generation.load_s = time.monotonic() - wanted_s
             except TimeoutError:
                 yield generation.end(FinishReason.DEADLINE)
                 return

@@ -28,9 +28,10 @@ from server.adapter_service import AdapterService
 from server.config import ServerConfig
 from server.convert import MAX_CHUNK_BYTES
 from server.generation_service import GenerationService
+from server.grpc_metrics import GrpcMetrics
 from server.health import Health
 from server.http import build_app
-from server.metrics import Gauges, Metrics
+from server.metrics import Metrics
 from server.model_service import ModelService
 
 logger = logging.getLogger(__name__)
@@ -85,8 +86,10 @@ class Server:
         self._runtime = runtime
         self._edge = edge
         self._config = config
-        self._grpc = grpc.aio.server(options=GRPC_OPTIONS)
-        self._http = web.AppRunner(build_app(runtime, edge.registry), access_log=None)
+        interceptors = [GrpcMetrics(edge.registry)]
+        self._grpc = grpc.aio.server(interceptors=interceptors, options=GRPC_OPTIONS)
+        app = build_app(runtime, edge, vllm_metrics=config.vllm_metrics)
+        self._http = web.AppRunner(app, access_log=None)
         self._stop = asyncio.Event()
         self._drain = True
         self.grpc_port = 0
@@ -94,9 +97,8 @@ class Server:
 
     async def __aenter__(self) -> Server:
         runtime, edge, server = self._runtime, self._edge, self._grpc
-        edge.registry.register(Gauges(runtime, edge.label))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(runtime), server
+            GenerationService(runtime, edge), server
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
             AdapterService(runtime, edge), server

@@ -26,10 +26,12 @@ _num_calls = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of an RPC method. `request_id` is the client's own, or one made up for it."""
+    """One call of an RPC method. `request_id` is the client's own, or one made up for it;
+    `arrival_s` is on the clock of `time.monotonic`."""
 
     context: Any
     request_id: str
+    arrival_s: float
 
     @property
     def unique_id(self) -> str:
@@ -51,13 +53,14 @@ def rpc(method: Method) -> Callable[[Any, Any, Any], Awaitable[Any]]:
 
     @functools.wraps(method)
     async def handle(self: Any, request: Any, context: Any) -> Any:
+        arrival_s = time.monotonic()
         request_id = uuid.uuid4().hex
         try:
             request_id = _request_id(context) or request_id
             metadata = ((REQUEST_ID, request_id),)
             context.set_trailing_metadata(metadata)
             await context.send_initial_metadata(metadata)
-            return await method(self, request, Call(context, request_id))
+            return await method(self, request, Call(context, request_id, arrival_s))
         except grpc.aio.AbortError:
             raise
         except Exception as error:
