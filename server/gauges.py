@@ -72,8 +72,14 @@ class Gauges(Collector):
             ),
         ):
             yield CounterMetricFamily(name, help, value)
-        yield self._requests("running", "in the engine", stats.running_adapters)
-        yield self._requests("waiting", "that wait in front of the engine", stats.waiting_adapters)
+        yield self._requests(
+            "kasa_adapter_requests_running", "Requests in the engine", stats.running_adapters
+        )
+        yield self._requests(
+            "kasa_adapter_requests_waiting",
+            "Requests that wait in front of the engine",
+            stats.waiting_adapters,
+        )
         yield self._resident(stats)
         yield self._merged(stats)
         yield self._shares(stats)
@@ -81,13 +87,11 @@ class Gauges(Collector):
         yield self._info(adapters)
         yield self._model()
 
-    def _requests(self, what: str, where: str, counts: Mapping[str, int]) -> Metric:
-        metric = GaugeMetricFamily(
-            f"kasa_adapter_requests_{what}", f"Requests {where}, by adapter", labels=["adapter"]
-        )
+    def _requests(self, name: str, help: str, counts: Mapping[str, int]) -> Metric:
+        metric = GaugeMetricFamily(name, help, labels=["adapter"])
         by_label: Counter[str] = Counter()
-        for name, count in counts.items():
-            by_label[self._label(name)] += count
+        for adapter, count in counts.items():
+            by_label[self._label(adapter)] += count
         for label, count in by_label.items():
             metric.add_metric([label], count)
         return metric
