@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana" / "kasa-runtime.json"
 CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"
 RATE_INTERVAL_S = 10
+PROMPT = "the quick brown fox jumps over the lazy dog, again " * 3
 BESIDE_PYTHON = os.pathsep.join((os.environ["PATH"], str(Path(sys.executable).parent)))
 
 
@@ -195,32 +196,38 @@ class Measured:
 
 @dataclass
 class Load:
-    """`names` are asked for at random, "" for the base model, the first ones most."""
+    """`names` are asked for at random, "" for the base model, the first ones most. It takes
+    `seconds`, or longer until `num_streams` have ended well."""
 
     address: str
     names: list[str]
     seconds: float
+    num_streams: int
     num_clients: int = 6
     max_tokens: int = 24
     measured: Measured = field(default_factory=Measured)
 
     async def run(self, scratch: Path, too_large: str) -> Measured:
-        """Until the time is over; then all that was measured."""
-        end_s = time.monotonic() + self.seconds
+        """What was measured. `too_large` is an adapter that cannot be loaded."""
         async with (
             grpc.aio.insecure_channel(self.address) as channel,
             AsyncClient(self.address) as client,
-            asyncio.TaskGroup() as tasks,
         ):
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
-            for index in range(self.num_clients):
-                tasks.create_task(self._client(stub, random.Random(index), end_s))
-            tasks.create_task(self._operator(client, scratch, too_large, end_s))
+            end_s = time.monotonic() + self.seconds
+            clients = [
+                self._client(stub, random.Random(index), end_s) for index in range(self.num_clients)
+            ]
+            operator = asyncio.create_task(self._operator(client, scratch, too_large))
+            await asyncio.gather(*clients)
+            operator.cancel()
+            with suppress(asyncio.CancelledError):
+                await operator
         return self.measured
 
     async def _client(self, stub: Any, draw: random.Random, end_s: float) -> None:
         weights = [1 / (1 + rank) for rank in range(len(self.names))]
-        while time.monotonic() < end_s:
+        while time.monotonic() < end_s or len(self.measured.e2e) < self.num_streams:
             (name,) = draw.choices(self.names, weights)
             num_tokens = draw.randint(2, self.max_tokens)
             with suppress(grpc.RpcError):  # refused, and counted by the server
@@ -229,9 +236,7 @@ class Load:
 
     async def _stream(self, stub: Any, name: str, num_tokens: int, trace: str) -> None:
         sampling = {"max_tokens": num_tokens, "ignore_eos": True}
-        request = generation_pb2.GenerateRequest(
-            adapter=name, prompt="the quick brown fox", sampling=sampling
-        )
+        request = generation_pb2.GenerateRequest(adapter=name, prompt=PROMPT, sampling=sampling)
         metadata = (("traceparent", f"00-{trace}-00f067aa0ba902b7-01"),)
         start_s = last_s = time.monotonic()
         ttft, gaps = math.nan, []
@@ -248,17 +253,15 @@ class Load:
         self.measured.e2e.append(time.monotonic() - start_s)
         self.measured.traces.add(trace)
 
-    async def _operator(
-        self, client: AsyncClient, scratch: Path, too_large: str, end_s: float
-    ) -> None:
-        """Merge and unmerge, load what cannot be loaded, upload what is no adapter."""
+    async def _operator(self, client: AsyncClient, scratch: Path, too_large: str) -> None:
+        """Merge and unmerge, load what cannot be loaded, upload what is no adapter; for ever."""
         torn = scratch / "torn"
         torn.mkdir()
         (torn / "adapter_config.json").write_text("{}", encoding="utf-8")
         (torn / "adapter_model.safetensors").write_bytes(b"torn")
-        adapters = [name for name in self.names if name]
-        pause_s = self.seconds / 12
-        while time.monotonic() + 2 * pause_s < end_s:
+        adapter = next(name for name in self.names if name)
+        pause_s = self.seconds / 10
+        while True:
             await asyncio.sleep(pause_s)
             for call in (
                 client.upload(torn, name="torn"),
@@ -266,7 +269,7 @@ class Load:
             ):
                 with suppress(KasaError):
                     await call
-            await client.merge_adapter(adapters[0])
+            await client.merge_adapter(adapter)
             await asyncio.sleep(pause_s)
             await client.unmerge_adapter()
 
@@ -283,34 +286,45 @@ def draw(prometheus: Prometheus, start_s: float, end_s: float, out: Path) -> Non
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    shown = panels()
-    columns = 3
-    figure, axes = pyplot.subplots(
-        math.ceil(len(shown) / columns), columns, figsize=(18, 3 * math.ceil(len(shown) / columns))
-    )
+    shown = [panel for panel in panels() if panel["type"] == "timeseries"]
+    columns, rows = 3, math.ceil(len(shown) / 3)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(21, 3.6 * rows), layout="constrained")
     for panel, ax in zip(shown, axes.flat, strict=False):
         lines = [
-            (query.name(series["metric"]), series["values"])
+            (query.name(series["metric"]), dict(series["values"]))
             for query in queries(panel)
             for series in prometheus.over(query.expr, start_s, end_s)
         ]
-        for name, values in sorted(lines):
-            times, heights = [t - start_s for t, _ in values], [v for _, v in values]
-            # matplotlib hides labels that begin with an underscore.
-            ax.plot(times, heights, label=name.lstrip("_"), lw=1)
-        ax.set_title(panel["title"], fontsize=10, loc="left")
-        ax.set_ylabel(UNITS.get(panel["fieldConfig"]["defaults"]["unit"], ""), fontsize=8)
+        draw_panel(ax, panel, sorted(lines, key=lambda line: line[0]), start_s)
         ax.set_xlim(0, end_s - start_s)
-        ax.set_ylim(bottom=0)
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=5, ncols=3, loc="upper left")
     for ax in axes.flat[len(shown) :]:
         ax.remove()
-    figure.supxlabel("seconds", fontsize=8)
-    figure.tight_layout()
+    figure.supxlabel("seconds", fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=80)
+    figure.savefig(out, dpi=70)
+    pyplot.close(figure)
+
+
+def draw_panel(
+    ax: Any, panel: dict[str, Any], lines: list[tuple[str, dict[float, float]]], start_s: float
+) -> None:
+    """`lines`: names, and values by Unix seconds."""
+    field = panel["fieldConfig"]["defaults"]
+    names = [name.lstrip("_") for name, _ in lines]  # matplotlib hides labels that begin with it
+    if "stacking" in field["custom"]:
+        times = sorted({t for _, values in lines for t in values})
+        heights = [[values.get(t, 0.0) for t in times] for _, values in lines]
+        ax.stackplot([t - start_s for t in times], heights, labels=names, alpha=0.7)
+    else:
+        for name, (_, values) in zip(names, lines, strict=True):
+            ax.plot([t - start_s for t in values], list(values.values()), label=name, lw=1)
+    ax.set_title(panel["title"], fontsize=11, loc="left")
+    ax.set_ylabel(UNITS.get(field["unit"], ""), fontsize=9)
+    ax.set_ylim(bottom=0)
+    ax.tick_params(labelsize=8)
+    ax.grid(alpha=0.3)
+    if names:
+        ax.legend(fontsize=6, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.08))
 
 
 def prepare(root: Path, model: str) -> list[str]:
@@ -340,7 +354,7 @@ def main(arguments: argparse.Namespace) -> None:
             served(arguments.model, scratch / "adapters", *flags) as (grpc_address, http_address),
             scraping(http_address, scratch) as prometheus,
         ):
-            load = Load(grpc_address, names, arguments.seconds, arguments.clients)
+            load = Load(grpc_address, names, arguments.seconds, 1, arguments.clients)
             start_s = time.time()
             asyncio.run(load.run(scratch, "too-large"))
             draw(prometheus, start_s, time.time(), arguments.out)

