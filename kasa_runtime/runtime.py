@@ -386,6 +386,11 @@ class Runtime:
             resident_adapters=self._manager.resident_names(),
             host_tier_bytes=self._manager.host_tier_bytes,
             token_shares=self._merge_policy.shares() if self._auto_merge is not None else {},
+            num_slots=self._engine.limits.max_slots,
+            num_steps=engine.num_steps,
+            num_preemptions=engine.num_preemptions,
+            running_adapters=self._admission.num_inside,
+            waiting_adapters=self._admission.num_waiting,
         )
 
     # --- inside -----------------------------------------------------------------------------------

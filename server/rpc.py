@@ -33,7 +33,8 @@ _num_calls = itertools.count(1)
 @dataclass(slots=True)
 class Call:
     """One call of an RPC method. `request_id` is the client's own, or one made up for it; `client`
-    is whose limits it counts against; `facts` are for its line in the log."""
+    is whose limits it counts against; `facts` are for its line in the log; `arrival_s` is on the
+    clock of `time.monotonic`."""
 
     context: Any
     method: str
@@ -43,6 +44,7 @@ class Call:
     client: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     begun: bool = False
+    arrival_s: float = field(default_factory=time.monotonic)
 
     async def begin(self) -> None:
         """Send the initial metadata if that was not done. Until then gRPC takes the call for one
@@ -123,7 +125,6 @@ async def _abort(call: Call, error: Exception) -> None:
 @contextmanager
 def _logged(call: Call) -> Iterator[None]:
     """A line at the end of the call: what, whose, how it ended, how long it took."""
-    began_s = time.monotonic()
     try:
         yield
     except asyncio.CancelledError:
@@ -131,5 +132,5 @@ def _logged(call: Call) -> Iterator[None]:
         raise
     finally:
         facts = {"code": "OK", **call.facts}
-        facts |= {"client": call.client, "total_s": time.monotonic() - began_s}
+        facts |= {"client": call.client, "total_s": time.monotonic() - call.arrival_s}
         logger.info("%s", call.method, extra=logs.fields(**facts))

@@ -232,4 +232,11 @@ class FakeRuntime:
             if info.tier is not AdapterTier.DISK
         }
         shares = {"": 0.25, "style@abc123": 0.5, "style@def456": 0.25}
-        return RuntimeStats(len(self.running), 0, 0.25, 30, 20, self.merged, resident, shares, 512)
+        return RuntimeStats(
+            *(len(self.running), 0, 0.25, 30, 20, self.merged, resident, shares, 512),
+            num_slots=4,
+            num_steps=7,
+            num_preemptions=1,
+            running_adapters={"style": 2},
+            waiting_adapters={"": 1, "unknown": 2, "warm": 1},
+        )
