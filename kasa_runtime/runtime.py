@@ -42,6 +42,7 @@ from kasa_runtime.merging import AutoMerge, MergeConfig, MergePolicy
 from kasa_runtime.types import (
     BASE,
     AdapterInfo,
+    AdapterVersion,
     ChatMessage,
     FinishReason,
     GenerationRequest,
@@ -328,6 +329,11 @@ class Runtime:
         AdapterNotFound."""
         return await self._manager.get(name)
 
+    async def list_adapter_versions(self, name: str) -> list[AdapterVersion]:
+        """What `name@version` and a rollback can reach, latest first. Raises AdapterNotFound,
+        AdapterQuarantined (nothing is served of it)."""
+        return await self._manager.versions(name)
+
     def upload(self, manifest: UploadManifest) -> AbstractAsyncContextManager[Upload]:
         """Stage an adapter; see `Upload`. Leaving the context without `commit` discards it."""
         return self._manager.upload(manifest)
@@ -380,6 +386,11 @@ class Runtime:
             resident_adapters=self._manager.resident_names(),
             host_tier_bytes=self._manager.host_tier_bytes,
             token_shares=self._merge_policy.shares() if self._auto_merge is not None else {},
+            num_slots=self._engine.limits.max_slots,
+            num_steps=engine.num_steps,
+            num_preemptions=engine.num_preemptions,
+            running_adapters=self._admission.num_inside,
+            waiting_adapters=self._admission.num_waiting,
         )
 
     # --- inside -----------------------------------------------------------------------------------

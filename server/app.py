@@ -29,10 +29,11 @@ from server.adapter_service import AdapterService
 from server.config import ServerConfig
 from server.convert import MAX_CHUNK_BYTES
 from server.generation_service import GenerationService
+from server.grpc_metrics import GrpcMetrics
 from server.health import Health
 from server.http import build_app
 from server.http_access import guard
-from server.metrics import Gauges, Metrics
+from server.metrics import Metrics
 from server.model_service import ModelService
 from server.tls import Certificates
 from server.tracing import Tracing
@@ -92,10 +93,12 @@ class Server:
         self._certificates = Certificates(config.tls) if config.tls.enabled else None
         max_bytes = int(config.clients.max_message_mib * 2**20) + ENVELOPE_BYTES
         options = [*GRPC_OPTIONS, ("grpc.max_receive_message_length", max_bytes)]
-        self._grpc = grpc.aio.server(options=options)
+        interceptors = [GrpcMetrics(edge.registry)]
+        self._grpc = grpc.aio.server(interceptors=interceptors, options=options)
         wants_certificate = config.tls.tls_client_ca is not None
         guards = [guard(edge.gate, wants_certificate=wants_certificate)]
-        self._http = web.AppRunner(build_app(runtime, edge.registry, guards), access_log=None)
+        app = build_app(runtime, edge, guards, vllm_metrics=config.vllm_metrics)
+        self._http = web.AppRunner(app, access_log=None)
         endpoint = config.otlp_endpoint
         self._tracing = Tracing.to_collector(endpoint, runtime.model.name) if endpoint else None
         self._stop = asyncio.Event()
@@ -105,11 +108,11 @@ class Server:
 
     async def __aenter__(self) -> Server:
         runtime, edge, server = self._runtime, self._edge, self._grpc
-        edge.registry.register(Gauges(runtime, edge.label))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(
                 runtime,
                 edge.gate,
+                edge,
                 log_prompts=self._config.log_prompts,
                 tracing=self._tracing,
             ),

@@ -126,15 +126,18 @@ class Recorder(Observer):
         self.events.append(("queued", adapter))
 
     def first_token(
-        self, adapter: str, *, queue_s: float, ttft_s: float, prompt_tokens: int
+        self, adapter: str, *, queue_s: float, load_s: float, ttft_s: float, prompt_tokens: int
     ) -> None:
-        assert 0 <= queue_s <= ttft_s
+        assert 0 <= load_s <= queue_s <= ttft_s
         self.events.append(("first_token", adapter, prompt_tokens))
 
     def tokens(self, adapter: str, *, count: int, gap_s: float | None) -> None:
         self.events.append(("tokens", adapter, count, gap_s is None))
 
-    def finished(self, adapter: str, mode: Mode, reason: FinishReason, *, total_s: float) -> None:
+    def finished(
+        self, adapter: str, mode: Mode, reason: FinishReason, *, decode_s: float, total_s: float
+    ) -> None:
+        assert 0 <= decode_s <= total_s
         self.events.append(("finished", adapter, mode, reason))
 
     def failed(self, adapter: str, error: BaseException) -> None:
