@@ -1,8 +1,8 @@
 """Clients of a server, for threads (`Client`) and for asyncio (`AsyncClient`).
 
-With `client_wire.py` and `client_upload.py` the one place outside `server/` that knows gRPC;
-callers see the library's types. Errors are those of `kasa_runtime.errors`; a deadline that passes
-is a TimeoutError. Methods that both clients have are described at `Client`.
+With `client_channel.py`, `client_upload.py` and `client_wire.py` the one place outside `server/`
+that knows gRPC; callers see the library's types. Errors are those of `kasa_runtime.errors`; a
+deadline that passes is a TimeoutError. Methods that both clients have are described at `Client`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from kasa_runtime import client_wire as wire
+from kasa_runtime.client_channel import MAX_ATTEMPTS, channel_options
 from kasa_runtime.client_upload import Progress, UploadMessages, UploadOptions
 from kasa_runtime.client_wire import GenerateOptions
 from kasa_runtime.errors import KasaError
@@ -40,11 +41,11 @@ class Client:
         address: str = DEFAULT_ADDRESS,
         *,
         timeout_s: float | None = None,
-        max_attempts: int = wire.MAX_ATTEMPTS,
+        max_attempts: int = MAX_ATTEMPTS,
     ) -> None:
         self._address = address
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=wire.channel_options(max_attempts))
+        self._channel = grpc.insecure_channel(address, options=channel_options(max_attempts))
         self._stubs = wire.Stubs(self._channel)
 
     def close(self) -> None:
@@ -157,11 +158,11 @@ class AsyncClient:
         address: str = DEFAULT_ADDRESS,
         *,
         timeout_s: float | None = None,
-        max_attempts: int = wire.MAX_ATTEMPTS,
+        max_attempts: int = MAX_ATTEMPTS,
     ) -> None:
         self._address = address
         self._timeout_s = timeout_s
-        options = wire.channel_options(max_attempts)
+        options = channel_options(max_attempts)
         self._channel = grpc.aio.insecure_channel(address, options=options)
         self._stubs = wire.Stubs(self._channel)
 

@@ -27,7 +27,16 @@ ALLOWED = {
 }
 COMMON = {"background", "errors", "types", "home", "base_model", "__version__"}
 # Programs and clients, which stand on top. All other modules beside runtime.py are part of it.
-ON_TOP = {"__init__", "cli", "client", "client_upload", "client_wire", "commands", "loadtest"}
+ON_TOP = {
+    "__init__",
+    "cli",
+    "client",
+    "client_channel",
+    "client_upload",
+    "client_wire",
+    "commands",
+    "loadtest",
+}
 
 
 def sources(*folders: str) -> list[str]:
