@@ -1,6 +1,8 @@
 # syntax=docker/dockerfile:1
 # Build: docker build -t kasa-runtime .
-# Run:   docker run -p 50051:50051 -p 8080:8080 -v kasa-home:/var/lib/kasa -v "$PWD/adapters:/adapters" kasa-runtime
+# Run:   docker run -p 127.0.0.1:50051:50051 -p 127.0.0.1:8080:8080 -e KASA_INSECURE=true \
+#            -v kasa-home:/var/lib/kasa -v "$PWD/adapters:/adapters" kasa-runtime
+# For others than this machine: TLS and tokens in place of KASA_INSECURE, docs/security.md.
 
 FROM python:3.12-slim AS build
 WORKDIR /src

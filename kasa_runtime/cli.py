@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "Send a prompt to a running server.",
     "chat": "Talk with a running server, turn by turn.",
     "adapters": "List, upload, merge and otherwise manage adapters of a running server.",
+    "token": "Make tokens that a server lets in.",
     "bench": "Load a running server and report latencies, throughput and errors.",
     "train": "Train an adapter from a run.toml.",
     "experiment": "Compare ways to train over several seeds.",

@@ -1,8 +1,8 @@
 """Clients of a server, for threads (`Client`) and for asyncio (`AsyncClient`).
 
-With `client_channel.py`, `client_upload.py` and `client_wire.py` the one place outside `server/`
-that knows gRPC; callers see the library's types. Errors are those of `kasa_runtime.errors`; a
-deadline that passes is a TimeoutError. Methods that both clients have are described at `Client`.
+With `client_wire.py` and `client_upload.py` the one place outside `server/` that knows gRPC;
+callers see the library's types. Errors are those of `kasa_runtime.errors`; a deadline that passes
+is a TimeoutError. Methods that both clients have are described at `Client`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ import grpc
 
 from kasa_runtime import client_wire as wire
 from kasa_runtime.client_channel import MAX_ATTEMPTS, channel_options
+from kasa_runtime.client_security import SecurityOptions, open_channel
 from kasa_runtime.client_upload import Progress, UploadMessages, UploadOptions
 from kasa_runtime.client_wire import GenerateOptions
 from kasa_runtime.errors import KasaError
 from kasa_runtime.types import AdapterInfo, AdapterVersion, ChatMessage, ModelInfo, TokenChunk
 
-__all__ = ["AsyncClient", "Client", "GenerateOptions", "Progress", "UploadOptions"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "GenerateOptions",
+    "Progress",
+    "SecurityOptions",
+    "UploadOptions",
+]
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -34,7 +42,7 @@ class Client:
     `timeout_s`: of each call that is given none. `max_attempts` (1 to 5): where a server is not
     there, is shutting down or goes away, calls are made again, in all so often and for about 3 s;
     but no generation after its first token, and nothing that must not happen twice (upload, delete,
-    rollback). Raises ConfigError."""
+    rollback). Raises ConfigError, also for files of `security` that cannot be used."""
 
     def __init__(
         self,
@@ -42,10 +50,11 @@ class Client:
         *,
         timeout_s: float | None = None,
         max_attempts: int = MAX_ATTEMPTS,
+        **security: Unpack[SecurityOptions],
     ) -> None:
         self._address = address
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=channel_options(max_attempts))
+        self._channel = open_channel(address, security, channel_options(max_attempts))
         self._stubs = wire.Stubs(self._channel)
 
     def close(self) -> None:
@@ -159,11 +168,13 @@ class AsyncClient:
         *,
         timeout_s: float | None = None,
         max_attempts: int = MAX_ATTEMPTS,
+        **security: Unpack[SecurityOptions],
     ) -> None:
         self._address = address
         self._timeout_s = timeout_s
+        self._security = security
         options = channel_options(max_attempts)
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._channel = open_channel(address, security, options, asynchronous=True)
         self._stubs = wire.Stubs(self._channel)
 
     async def close(self) -> None:
@@ -198,7 +209,7 @@ class AsyncClient:
     async def upload(self, directory: Path | str, **options: Unpack[UploadOptions]) -> AdapterInfo:
         # In a thread, with gRPC's other client: a server that refuses early would here often look
         # like INTERNAL. Drop when grpc/grpc#36066 is fixed. Cancelling closes the channel.
-        with Client(self._address, timeout_s=self._timeout_s) as client:
+        with Client(self._address, timeout_s=self._timeout_s, **self._security) as client:
             return await asyncio.to_thread(client.upload, directory, **options)
 
     async def list_adapters(self, *, timeout_s: float | None = None) -> list[AdapterInfo]:

@@ -1,6 +1,8 @@
 """Every error that this library raises on purpose.
 
     KasaError
+    ├── Unauthenticated           no token, or none that is known
+    ├── PermissionDenied          the token does not permit it
     ├── InvalidRequest            a field of a request is wrong; names the field
     ├── ConfigError               a setting or a configuration file is wrong; names the key
     ├── ModelError                the base model cannot be had or is not supported
@@ -43,6 +45,14 @@ class InvalidRequest(KasaError):
         super().__init__(f"{field}: {description}")
         self.field = field
         self.description = description
+
+
+class Unauthenticated(KasaError):
+    """The server wants a token, and the call has none, or none that it knows."""
+
+
+class PermissionDenied(KasaError):
+    """The token of a call does not permit it."""
 
 
 class ConfigError(KasaError):

@@ -34,6 +34,8 @@ class Generation:
     observer: Observer
     prompt_ids: tuple[int, ...] = ()
     lease: Lease | None = None
+    admitted_s: float | None = None
+    leased_s: float | None = None
     _ended: bool = field(default=False, init=False)
     _mode: Mode = field(default=Mode.BASE, init=False)
     _num_tokens: int = field(default=0, init=False)
@@ -86,6 +88,22 @@ class Generation:
         """Nobody reads on: that is an end too, unless it had one."""
         if not self._ended:
             self.end(FinishReason.CANCELLED)
+
+    def tell_trace(self) -> None:
+        """What the time went to, if somebody wants to know. Once, at the end."""
+        trace = self.request.trace
+        if trace is None:
+            return
+        end_s = time.monotonic()
+        trace.span("queue", self.arrival_s, self.admitted_s or end_s)
+        if self.admitted_s is not None and self.request.adapter != BASE:
+            lease = trace.span("lease", self.admitted_s, self.leased_s or end_s)
+            if self.lease is not None and self.lease.load_began_s is not None:
+                lease.span("load", self.lease.load_began_s, self.leased_s or end_s)
+        if self._scheduled_s is not None:
+            trace.span("prefill", self._scheduled_s, self._first_token_s or end_s)
+        if self._first_token_s is not None:
+            trace.span("decode", self._first_token_s, end_s)
 
     def _count(self, count: int) -> None:
         now_s = time.monotonic()

@@ -58,12 +58,15 @@ class LimitsConfig:
             "_base=...); one left out is that of all; may be given several times"
         },
     )
+    max_prompt_tokens: int = field(
+        default=0,
+        metadata={"help": "most tokens of a prompt; 0: what the context holds"},
+    )
 
     def __post_init__(self) -> None:
-        if self.adapter_max_concurrency < 0:
-            raise ConfigError(
-                f"adapter_max_concurrency must be at least 0, got {self.adapter_max_concurrency}"
-            )
+        for name in ("adapter_max_concurrency", "max_prompt_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.adapter_tokens_per_s < math.inf:
             raise ConfigError(
                 f"adapter_tokens_per_s must be at least 0, got {self.adapter_tokens_per_s}"

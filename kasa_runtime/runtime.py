@@ -15,7 +15,13 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    suppress,
+)
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +30,13 @@ from kasa_runtime.adapter.names import is_name
 from kasa_runtime.admission import Admission, Visit
 from kasa_runtime.background import in_background, on_loop_clock
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.errors import AdapterNotFound, ConfigError, InvalidRequest, ShuttingDown
+from kasa_runtime.errors import (
+    AdapterNotFound,
+    ConfigError,
+    InvalidRequest,
+    KasaError,
+    ShuttingDown,
+)
 from kasa_runtime.limits import Limits, LimitsConfig
 from kasa_runtime.merging import AutoMerge, MergeConfig, MergePolicy
 from kasa_runtime.types import (
@@ -95,7 +107,7 @@ class RuntimeConfig:
         },
     )
     host_cache_gib: float = field(
-        default=0.5,
+        default=1.0,
         metadata={
             "help": "memory for adapters that are in no slot, in GiB: they come back without being "
             "read again; 0: none"
@@ -180,6 +192,8 @@ class Runtime:
         self._auto_merge: AutoMerge | None = None
         if config.merging.mode == "auto":
             self._auto_merge = AutoMerge(config.merging, manager, observer, self._merge_policy)
+        self._fetching_ahead = asyncio.Semaphore(1)
+        self._ahead: set[asyncio.Task[None]] = set()
         # Threads of its own: the loop's are at times all busy with adapters and their tails.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -240,6 +254,8 @@ class Runtime:
     async def close(self) -> None:
         """Stop watching and stepping; running requests end as cancelled."""
         self._draining = True
+        for task in self._ahead:
+            task.cancel()
         if self._auto_merge is not None:
             await self._auto_merge.close()
         await self._manager.close()
@@ -293,6 +309,8 @@ class Runtime:
         except BaseException as error:
             self._observer.failed(generation.name, error)
             raise
+        finally:
+            generation.tell_trace()
 
     def tokenize(
         self, *, prompt: str | None = None, messages: tuple[ChatMessage, ...] | None = None
@@ -423,6 +441,9 @@ class Runtime:
         # Of a text, too: a tokenizer may know more tokens than the model.
         if bad := [i for i in ids if not 0 <= i < limits.vocab_size]:
             raise InvalidRequest(where, f"want ids from 0 to {limits.vocab_size - 1}, got {bad[0]}")
+        allowed = self.config.limits.max_prompt_tokens or len(ids)
+        if len(ids) > allowed:
+            raise InvalidRequest(where, f"has {len(ids)} tokens, this server takes {allowed}")
         if len(ids) >= limits.context_length:
             raise InvalidRequest(
                 where, f"has {len(ids)} tokens, the context holds {limits.context_length}"
@@ -444,12 +465,14 @@ class Runtime:
             try:
                 async with asyncio.timeout_at(on_loop_clock(request.deadline_s)):
                     if await self._exists(generation.name):
+                        self._fetch_ahead(request.adapter, visit)
                         await visit.enter(len(generation.prompt_ids))
+                    generation.admitted_s = time.monotonic()
                     lease = await stack.enter_async_context(self._lease(request.adapter))
             except TimeoutError:
                 yield generation.end(FinishReason.DEADLINE)
                 return
-            generation.lease = lease
+            generation.lease, generation.leased_s = lease, time.monotonic()
             engine_request = EngineRequest(
                 request.request_id,
                 generation.prompt_ids,
@@ -473,6 +496,21 @@ class Runtime:
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
+
+    def _fetch_ahead(self, adapter: str, visit: Visit) -> None:
+        """Bring an adapter into memory while its request waits, if it has to. One at a time: what
+        is to be loaded now is not held up."""
+
+        async def fetch() -> None:
+            async with self._fetching_ahead:
+                if visit.waiting:
+                    with suppress(KasaError, OSError):  # the request will learn of it
+                        await self._manager.fetch(adapter)
+
+        if adapter != BASE:
+            task = asyncio.create_task(fetch(), name=f"fetch ahead {adapter}")
+            self._ahead.add(task)
+            task.add_done_callback(self._ahead.discard)
 
     @asynccontextmanager
     async def _lease(self, adapter: str) -> AsyncIterator[Lease | None]:

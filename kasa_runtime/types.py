@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from kasa_runtime.errors import InvalidRequest
 
@@ -144,6 +145,13 @@ class ChatMessage:
     content: str
 
 
+class Trace(Protocol):
+    """Where the parts of one request's time are told, when it has ended."""
+
+    def span(self, name: str, start_s: float, end_s: float) -> Trace:
+        """A part, in seconds of `time.monotonic`; what is told to the result lies within it."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One generation. Exactly one of `prompt`, `messages` and `token_ids` is given.
@@ -161,6 +169,7 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     deadline_s: float | None = None
     cache_salt: str = ""
+    trace: Trace | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

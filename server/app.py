@@ -24,14 +24,18 @@ from kasa.v1 import (
 from kasa_runtime.errors import ConfigError
 from kasa_runtime.runtime import Beginning, Runtime, RuntimeConfig
 from kasa_runtime.types import AdapterInfo
+from server.access import Gate
 from server.adapter_service import AdapterService
 from server.config import ServerConfig
 from server.convert import MAX_CHUNK_BYTES
 from server.generation_service import GenerationService
 from server.health import Health
 from server.http import build_app
+from server.http_access import guard
 from server.metrics import Gauges, Metrics
 from server.model_service import ModelService
+from server.tls import Certificates
+from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +49,10 @@ SERVICES = [
         (model_pb2, "ModelService"),
     )
 ]
-# A message holds one chunk of an upload, or one prompt.
-MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + 64 * 2**10
+# A message holds one chunk of an upload, or one prompt, and what stands around it.
+ENVELOPE_BYTES = 64 * 2**10
 GRPC_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", 4 * MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", 4 * MAX_CHUNK_BYTES),
     # Without it, a second server on the same port would silently take half of the calls.
     ("grpc.so_reuseport", 0),
     # Clients that ping during a long silent call are not to be thrown out with too_many_pings.
@@ -63,11 +66,12 @@ GRPC_OPTIONS = [
 
 
 class Edge(Metrics):
-    """The runtime's observer: metrics, and the health of adapters."""
+    """The runtime's observer: metrics, and the health of adapters, with the gate to it."""
 
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config.max_adapter_labels)
-        self.health = Health()
+        self.gate = Gate(config)
+        self.health = Health(self.gate)
 
     def adapters_changed(self, adapters: Sequence[AdapterInfo]) -> None:
         super().adapters_changed(adapters)
@@ -85,8 +89,15 @@ class Server:
         self._runtime = runtime
         self._edge = edge
         self._config = config
-        self._grpc = grpc.aio.server(options=GRPC_OPTIONS)
-        self._http = web.AppRunner(build_app(runtime, edge.registry), access_log=None)
+        self._certificates = Certificates(config.tls) if config.tls.enabled else None
+        max_bytes = int(config.clients.max_message_mib * 2**20) + ENVELOPE_BYTES
+        options = [*GRPC_OPTIONS, ("grpc.max_receive_message_length", max_bytes)]
+        self._grpc = grpc.aio.server(options=options)
+        wants_certificate = config.tls.tls_client_ca is not None
+        guards = [guard(edge.gate, wants_certificate=wants_certificate)]
+        self._http = web.AppRunner(build_app(runtime, edge.registry, guards), access_log=None)
+        endpoint = config.otlp_endpoint
+        self._tracing = Tracing.to_collector(endpoint, runtime.model.name) if endpoint else None
         self._stop = asyncio.Event()
         self._drain = True
         self.grpc_port = 0
@@ -96,12 +107,18 @@ class Server:
         runtime, edge, server = self._runtime, self._edge, self._grpc
         edge.registry.register(Gauges(runtime, edge.label))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(runtime), server
+            GenerationService(
+                runtime,
+                edge.gate,
+                log_prompts=self._config.log_prompts,
+                tracing=self._tracing,
+            ),
+            server,
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(runtime, edge), server
+            AdapterService(runtime, edge, edge.gate), server
         )
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(runtime), server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(runtime, edge.gate), server)
         health_pb2_grpc.add_HealthServicer_to_server(edge.health, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         names = (*SERVICES, health_name, reflection.SERVICE_NAME)
@@ -123,6 +140,8 @@ class Server:
         await self._runtime.drain(self._config.drain_s if self._drain else 0.0)
         await self._grpc.stop(CLOSE_GRACE_S)
         await self._http.cleanup()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         logger.info("stopped")
 
     @property
@@ -140,12 +159,17 @@ class Server:
         config = self._config
         address = f"{self._host}:{config.grpc_port}"
         try:
-            self.grpc_port = self._grpc.add_insecure_port(address)
+            if self._certificates is None:
+                self.grpc_port = self._grpc.add_insecure_port(address)
+            else:
+                credentials = self._certificates.grpc_credentials()
+                self.grpc_port = self._grpc.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigError(f"grpc_port: cannot listen on {address}: {error}") from None
         await self._http.setup()
+        tls = None if self._certificates is None else self._certificates.http_context()
         try:
-            await web.TCPSite(self._http, config.host, config.http_port).start()
+            await web.TCPSite(self._http, config.host, config.http_port, ssl_context=tls).start()
         except OSError as error:
             await self._http.cleanup()
             address = f"{self._host}:{config.http_port}"

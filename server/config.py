@@ -2,15 +2,96 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any, Literal
 
 from kasa_runtime.errors import ConfigError
+from kasa_runtime.runtime import RuntimeConfig
 
 
 def setting(default: Any, help: str) -> Any:
     """A field of a configuration; `help` becomes the help of its flag."""
     return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """Files are read again when they change."""
+
+    tls_cert: Path | None = field(
+        default=None,
+        metadata={
+            "help": "PEM file of the server's certificate and its chain; both ports then speak TLS"
+        },
+    )
+    tls_key: Path | None = field(
+        default=None, metadata={"help": "PEM file of the certificate's private key"}
+    )
+    tls_client_ca: Path | None = field(
+        default=None,
+        metadata={
+            "help": "PEM file of authorities: clients must show a certificate of one of them"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls_cert and tls_key must be given together, got one of them")
+        if self.tls_client_ca is not None and not self.enabled:
+            raise ConfigError("tls_client_ca needs tls_cert and tls_key")
+
+    @property
+    def enabled(self) -> bool:
+        return self.tls_cert is not None
+
+
+@dataclass(frozen=True)
+class AccessConfig:
+    """Who may come in. The file is read again when it changes."""
+
+    tokens_file: Path | None = field(
+        default=None,
+        metadata={"help": "file of the tokens that may come in (docs/security.md); none: all may"},
+    )
+    tokens: str = setting("", "the same as text, for the environment")
+    insecure: bool = setting(
+        False, "listen on other addresses than loopback without TLS and authentication"
+    )
+
+    def __post_init__(self) -> None:
+        if self.tokens and self.tokens_file is not None:
+            raise ConfigError("want one of tokens and tokens_file, got both")
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.tokens) or self.tokens_file is not None
+
+
+@dataclass(frozen=True)
+class ClientLimits:
+    """What one client may take: a token's name, or without tokens an address. 0: no limit."""
+
+    max_message_mib: float = setting(4.0, "largest message that is received, in MiB")
+    max_streams_per_client: int = setting(
+        0, "calls of one client at the same time; one more is refused with RetryInfo; 0: no limit"
+    )
+    max_upload_mib: float = setting(4096.0, "largest upload, all files together, in MiB")
+    max_uploads_per_minute: float = setting(
+        0.0, "uploads that one client may begin; above it they are refused; 0: no limit"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_message_mib", "max_upload_mib"):
+            if not 0 < getattr(self, name) <= 4096:
+                raise ConfigError(
+                    f"{name} must be above 0 and at most 4096, got {getattr(self, name)}"
+                )
+        for name in ("max_streams_per_client", "max_uploads_per_minute"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -27,6 +108,16 @@ class ServerConfig:
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "how much to log, on stderr"
     )
+    log_format: Literal["human", "json"] = setting("human", "lines for people, or for programs")
+    log_prompts: bool = setting(False, "log the text of prompts too, which may be confidential")
+    otlp_endpoint: str = setting(
+        "",
+        "send traces of requests to this OpenTelemetry collector (gRPC), as http://HOST:4317; "
+        "needs the extra `tracing`",
+    )
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
+    clients: ClientLimits = field(default_factory=ClientLimits)
 
     def __post_init__(self) -> None:
         for name in ("grpc_port", "http_port"):
@@ -39,3 +130,34 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be at least 0, got {value}")
         if self.grpc_port and self.grpc_port == self.http_port:
             raise ConfigError(f"grpc_port and http_port must differ, both are {self.grpc_port}")
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"otlp_endpoint must begin with http:// or https://, got {self.otlp_endpoint!r}"
+            )
+        self._refuse_open_doors()
+
+    def _refuse_open_doors(self) -> None:
+        if _is_loopback(self.host) or self.access.insecure:
+            return
+        authenticated = self.access.enabled or self.tls.tls_client_ca is not None
+        if not self.tls.enabled or not authenticated:
+            raise ConfigError(
+                f"host {self.host} is not loopback, so clients need TLS (tls_cert, tls_key) and "
+                "authentication (tokens_file or tls_client_ca); where something in front sees to "
+                "both, say insecure (--insecure, KASA_INSECURE=true)"
+            )
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """All that `kasa serve` can be told: one tree, whose tables a configuration file has too."""
+
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

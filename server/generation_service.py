@@ -2,41 +2,88 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
+import logging
+from contextlib import AbstractContextManager, aclosing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from kasa_runtime.runtime import Runtime
-from kasa_runtime.types import FinishReason, TokenChunk
-from server import convert
+from kasa_runtime.tokens import Action
+from kasa_runtime.types import FinishReason, GenerationRequest, TokenChunk
+from server import convert, logs
+from server.access import Gate
 from server.chunks import coalesced, merge_chunks
 from server.rpc import Call, rpc
 from server.status import DeadlineExpired
+from server.tracing import Tracing
+
+logger = logging.getLogger(__name__)
 
 
 class GenerationService:
     """A client that cancels or goes away cancels the method; that closes the runtime's iterator."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        gate: Gate,
+        *,
+        log_prompts: bool = False,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._runtime = runtime
+        self._log_prompts = log_prompts
+        self._tracing = tracing
+        self.gate = gate
 
     @rpc
     async def Generate(self, message: Any, call: Call) -> Any:
-        request = convert.generation_request(message, call.unique_id, call.deadline_s)
-        async with aclosing(coalesced(self._runtime.generate(request))) as chunks:
-            generation = merge_chunks([chunk async for chunk in chunks])
-        _check_deadline(generation)
+        with self._traced(self._request(message, call), call) as request:
+            async with aclosing(coalesced(self._runtime.generate(request))) as chunks:
+                generation = merge_chunks([chunk async for chunk in chunks])
+            _end(generation, call)
         return convert.generate_response(generation)
 
     @rpc
     async def GenerateStream(self, message: Any, call: Call) -> None:
-        request = convert.generation_request(message, call.unique_id, call.deadline_s)
         # Written, not yielded: a generator suspended in a yield would not see the cancellation.
-        async with aclosing(coalesced(self._runtime.generate(request))) as chunks:
-            async for chunk in chunks:
-                await call.write(convert.stream_response(chunk))
-                _check_deadline(chunk)
+        with self._traced(self._request(message, call), call) as request:
+            async with aclosing(coalesced(self._runtime.generate(request))) as chunks:
+                async for chunk in chunks:
+                    await call.write(convert.stream_response(chunk))
+                    _end(chunk, call)
+
+    def _traced(
+        self, request: GenerationRequest, call: Call
+    ) -> AbstractContextManager[GenerationRequest]:
+        """The request, with a trace if there are any."""
+        if self._tracing is None:
+            return nullcontext(request)
+        return self._tracing.traced(request, call.metadata, call.facts)
+
+    def _request(self, message: Any, call: Call) -> GenerationRequest:
+        request = convert.generation_request(message, call.unique_id, call.deadline_s)
+        call.caller.require(Action.GENERATE, request.adapter)
+        call.facts["adapter"] = request.adapter
+        if self._log_prompts:
+            inputs = (request.prompt, request.messages, request.token_ids)
+            given = next(value for value in inputs if value is not None)
+            logger.info("prompt", extra=logs.fields(prompt=given))
+        if call.caller.name:
+            # Usage and times show what is cached: no tenant may find out others' prompts.
+            request = replace(request, cache_salt=f"{call.caller.name}/{request.cache_salt}")
+        return request
 
 
-def _check_deadline(chunk: TokenChunk) -> None:
+def _end(chunk: TokenChunk, call: Call) -> None:
+    """What is to be done with a chunk if it is the last."""
+    if chunk.finish_reason is None:
+        return
+    call.facts |= {"adapter": chunk.adapter, "mode": chunk.mode.value}
+    call.facts["finish_reason"] = chunk.finish_reason.value
+    if chunk.usage is not None:
+        call.facts["prompt_tokens"] = chunk.usage.prompt_tokens
+        call.facts["cached_prompt_tokens"] = chunk.usage.cached_prompt_tokens
+        call.facts["completion_tokens"] = chunk.usage.completion_tokens
     if chunk.finish_reason is FinishReason.DEADLINE:
         raise DeadlineExpired

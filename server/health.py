@@ -14,15 +14,18 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from kasa_runtime.types import AdapterInfo, AdapterState
+from server.access import Gate
 
 ADAPTER_PREFIX = "adapter/"
 Response = health_pb2.HealthCheckResponse
 
 
 class Health:
-    """Everything is set on the event loop, and seen by watchers at once."""
+    """Everything is set on the event loop, and seen by watchers at once. The server and its
+    services answer without a token, adapters those who may see them."""
 
-    def __init__(self) -> None:
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
         self._serving: dict[str, bool] = {}
         self._shut_down = False
         self._changed = asyncio.Event()
@@ -60,19 +63,28 @@ class Health:
                 up = serving and not self._shut_down
                 return Response(status=Response.SERVING if up else Response.NOT_SERVING)
 
+    def _visible(self, context: Any, name: str) -> bool:
+        adapter = name.removeprefix(ADAPTER_PREFIX)
+        return adapter == name or self._gate.sees(context, adapter)
+
     async def Check(self, request: Any, context: Any) -> Any:
-        if request.service not in self._serving:
+        if request.service not in self._serving or not self._visible(context, request.service):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown name {request.service!r}")
         return self._response(request.service)
 
     async def List(self, request: Any, context: Any) -> Any:
-        statuses = {name: self._response(name) for name in self._serving}
+        statuses = {
+            name: self._response(name) for name in self._serving if self._visible(context, name)
+        }
         return health_pb2.HealthListResponse(statuses=statuses)
 
     async def Watch(self, request: Any, context: Any) -> None:
         last = None
         while True:
-            changed, response = self._changed, self._response(request.service)
+            changed = self._changed
+            response = Response(status=Response.SERVICE_UNKNOWN)
+            if self._visible(context, request.service):
+                response = self._response(request.service)
             if response != last:
                 await context.write(response)
                 last = response

@@ -8,22 +8,28 @@ import click
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kasa_runtime.client_security import SecurityOptions, open_channel
+from kasa_runtime.commands.server_address import address_option, security_of
+
 
 @click.command()
-@click.option("--address", default="127.0.0.1:50051", show_default=True, help="the server's gRPC")
+@address_option
 @click.option("--name", default="", help="a service, or adapter/NAME; the server itself by default")
 @click.option("--timeout", "timeout_s", default=3.0, show_default=True, help="in seconds")
-def main(address: str, name: str, timeout_s: float) -> None:
+@click.pass_context
+def main(context: click.Context, /, address: str, name: str, timeout_s: float) -> None:
     """Ask a server for its health."""
-    problem = check(address, name, timeout_s)
+    problem = check(address, name, timeout_s, security_of(context))
     if problem:
         click.echo(problem, err=True)
     sys.exit(1 if problem else 0)
 
 
-def check(address: str, name: str = "", timeout_s: float = 3.0) -> str:
+def check(
+    address: str, name: str = "", timeout_s: float = 3.0, security: SecurityOptions | None = None
+) -> str:
     """What is wrong, or ""."""
-    with grpc.insecure_channel(address) as channel:
+    with open_channel(address, security or {}, options=[]) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=name)
         try:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from kasa_runtime.runtime import Runtime
 
 
-def build_app(runtime: Runtime, registry: CollectorRegistry) -> web.Application:
+def build_app(
+    runtime: Runtime, registry: CollectorRegistry, middlewares: Sequence[Middleware] = ()
+) -> web.Application:
     """The application; the caller runs it."""
 
     async def metrics(request: web.Request) -> web.Response:
@@ -24,7 +29,7 @@ def build_app(runtime: Runtime, registry: CollectorRegistry) -> web.Application:
         """Requests can be served; when not, none should be sent here."""
         return _answer(runtime.ready, "ready", "draining, or the engine has stopped")
 
-    app = web.Application()
+    app = web.Application(middlewares=middlewares)
     app.add_routes(
         [web.get("/metrics", metrics), web.get("/healthz", healthz), web.get("/readyz", readyz)]
     )

@@ -9,12 +9,14 @@ from kasa.v1 import model_pb2
 
 from kasa_runtime.runtime import Runtime
 from server import convert
+from server.access import Gate
 from server.rpc import Call, rpc
 
 
 class ModelService:
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, gate: Gate) -> None:
         self._runtime = runtime
+        self.gate = gate
 
     @rpc
     async def GetModel(self, message: Any, call: Call) -> Any:

@@ -1,21 +1,27 @@
-"""What every RPC method has in common: request id, deadline, errors that leave as status codes."""
+"""What every RPC method has in common: who calls, request id, deadline, errors that leave as status
+codes, a line in the log."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 from grpc_status import rpc_status
 
 from kasa_runtime.errors import InvalidRequest, KasaError
+from kasa_runtime.tokens import ANYONE, Caller
+from server import logs
+from server.access import client_of, told_to
 from server.status import DeadlineExpired, to_status
 
 logger = logging.getLogger(__name__)
@@ -26,10 +32,16 @@ _num_calls = itertools.count(1)
 
 @dataclass(slots=True)
 class Call:
-    """One call of an RPC method. `request_id` is the client's own, or one made up for it."""
+    """One call of an RPC method. `request_id` is the client's own, or one made up for it; `client`
+    is whose limits it counts against; `facts` are for its line in the log."""
 
     context: Any
-    request_id: str
+    method: str
+    metadata: dict[str, Any]
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    caller: Caller = ANYONE
+    client: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
     begun: bool = False
 
     async def begin(self) -> None:
@@ -60,37 +72,64 @@ Method = Callable[[Any, Any, Call], Awaitable[Any]]
 
 
 def rpc(method: Method) -> Callable[[Any, Any, Any], Awaitable[Any]]:
-    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call`."""
+    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call`; `self.gate`
+    says who may call."""
 
     @functools.wraps(method)
     async def handle(self: Any, request: Any, context: Any) -> Any:
-        request_id = uuid.uuid4().hex
-        try:
-            request_id = _request_id(context) or request_id
-            context.set_trailing_metadata(((REQUEST_ID, request_id),))
-            call = Call(context, request_id)
-            response = await method(self, request, call)
-            await call.begin()
-            return response
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            if not isinstance(error, (KasaError, DeadlineExpired)):
-                logger.exception("%s failed, request %s", method.__name__, request_id)
-            await _abort(context, error, request_id)
+        call = Call(context, method.__name__, dict(context.invocation_metadata() or ()))
+        wrong_id = _take_request_id(call)
+        with logs.request(call.request_id), _logged(call):
+            try:
+                if wrong_id is not None:
+                    raise wrong_id
+                return await _admitted(method, self, request, call)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                if not isinstance(error, (KasaError, DeadlineExpired)):
+                    logger.exception("%s failed, request %s", call.method, call.request_id)
+                await _abort(call, error)
 
     return handle
 
 
-def _request_id(context: Any) -> str:
-    """The client's request id, or "". Raises InvalidRequest."""
-    given = dict(context.invocation_metadata() or ()).get(REQUEST_ID, "")
+async def _admitted(method: Method, service: Any, request: Any, call: Call) -> Any:
+    call.context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+    call.caller = service.gate.caller(call.metadata)
+    call.client = client_of(call.caller, call.context.peer())
+    with service.gate.stream(call.client):
+        response = await method(service, request, call)
+        await call.begin()
+        return response
+
+
+def _take_request_id(call: Call) -> InvalidRequest | None:
+    """Use the client's request id, if it has one; what is wrong with it, if something is."""
+    given = call.metadata.get(REQUEST_ID, "")
     if given and not re.fullmatch(r"[!-~]{1,128}", given):
-        raise InvalidRequest(REQUEST_ID, "must be 1 to 128 printable ASCII characters")
-    return str(given)
+        return InvalidRequest(REQUEST_ID, "must be 1 to 128 printable ASCII characters")
+    call.request_id = given or call.request_id
+    return None
 
 
-async def _abort(context: Any, error: Exception, request_id: str) -> None:
-    status = rpc_status.to_status(to_status(error))
-    metadata = (*status.trailing_metadata, (REQUEST_ID, request_id))
-    await context.abort(status.code, status.details, metadata)
+async def _abort(call: Call, error: Exception) -> None:
+    status = rpc_status.to_status(to_status(told_to(call.caller, error)))
+    call.facts |= {"code": status.code.name, "error": status.details}
+    metadata = (*status.trailing_metadata, (REQUEST_ID, call.request_id))
+    await call.context.abort(status.code, status.details, metadata)
+
+
+@contextmanager
+def _logged(call: Call) -> Iterator[None]:
+    """A line at the end of the call: what, whose, how it ended, how long it took."""
+    began_s = time.monotonic()
+    try:
+        yield
+    except asyncio.CancelledError:
+        call.facts["code"] = grpc.StatusCode.CANCELLED.name
+        raise
+    finally:
+        facts = {"code": "OK", **call.facts}
+        facts |= {"client": call.client, "total_s": time.monotonic() - began_s}
+        logger.info("%s", call.method, extra=logs.fields(**facts))

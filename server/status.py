@@ -65,6 +65,8 @@ def _precondition(error: errors.KasaError) -> Iterable[Message]:
 
 RULES: dict[type[errors.KasaError], Rule] = {
     errors.InvalidRequest: Rule(StatusCode.INVALID_ARGUMENT, _bad_request),
+    errors.Unauthenticated: Rule(StatusCode.UNAUTHENTICATED),
+    errors.PermissionDenied: Rule(StatusCode.PERMISSION_DENIED),
     errors.AdapterInvalid: Rule(StatusCode.INVALID_ARGUMENT, _adapter_resource),
     errors.AdapterNotFound: Rule(StatusCode.NOT_FOUND, _adapter_resource),
     errors.DigestMismatch: Rule(StatusCode.DATA_LOSS, _adapter_resource),

@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "transformers", "vllm"}
 WIRE = {"grpc", "grpc_status", "grpc_health", "grpc_reflection", "google", "kasa"}
-SPEAKS_THE_WIRE = {f"kasa_runtime/{name}.py" for name in ("client", "client_upload", "client_wire")}
+SPEAKS_THE_WIRE = {
+    f"kasa_runtime/{name}.py"
+    for name in ("client", "client_security", "client_upload", "client_wire")
+}
 # The commands are `main` programs: `kasa serve` starts the server, from the outside.
 SERVER_IMPORTERS = {"kasa_runtime/commands/serve.py"}
 
@@ -32,6 +35,7 @@ ON_TOP = {
     "cli",
     "client",
     "client_channel",
+    "client_security",
     "client_upload",
     "client_wire",
     "commands",
@@ -106,7 +110,7 @@ def test_server_knows_the_runtime_and_not_what_is_under_it(source):
         ("kasa_runtime", {*HEAVY, *WIRE - {"google"}, "numpy", "click", "aiohttp"}),
         ("kasa_runtime.cli", {*HEAVY, *WIRE - {"google"}, "numpy", "aiohttp", "rich"}),
         ("kasa_runtime.client", {*HEAVY, "aiohttp"}),
-        ("server.app", HEAVY),
+        ("server.app", {*HEAVY, "opentelemetry"}),
         ("kasa_runtime.commands.serve", {*HEAVY, "grpc", "aiohttp"}),
         ("kasa_runtime.engine.factory", HEAVY),
         ("kasa_runtime.engine.native.torch_executor", {"kasa_runtime.engine.native.cuda"}),

@@ -36,6 +36,7 @@ def test_one_adapter_may_have_a_limit_of_its_own() -> None:
     ("fields", "message"),
     [
         ({"adapter_max_concurrency": -1}, "adapter_max_concurrency must be at least 0, got -1"),
+        ({"max_prompt_tokens": -1}, "max_prompt_tokens"),
         ({"adapter_tokens_per_s": -0.5}, "adapter_tokens_per_s must be at least 0, got -0.5"),
         ({"adapter_tokens_per_s": float("nan")}, "adapter_tokens_per_s"),
         ({"adapter_tokens_per_s": float("inf")}, "adapter_tokens_per_s"),

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +423,67 @@ async def test_adapters_that_are_not_there(tiny_chat_model: Path, adapters_dir: 
         with pytest.raises(AdapterQuarantined, match="torn"):
             await read(runtime, ask(adapter="broken"))
         assert info(runtime, "broken").state is AdapterState.QUARANTINED
+
+
+@dataclass
+class Spans:
+    """A trace that keeps what it is told, by path."""
+
+    found: dict[str, tuple[float, float]] = field(default_factory=dict)
+    path: str = ""
+
+    def span(self, name: str, start_s: float, end_s: float) -> Spans:
+        path = f"{self.path}{name}"
+        assert path not in self.found
+        self.found[path] = (start_s, end_s)
+        return Spans(self.found, f"{path}/")
+
+
+async def test_a_trace_is_told_what_the_time_went_to(
+    tiny_chat_model: Path, adapters_dir: Path
+) -> None:
+    async with serving(tiny_chat_model, adapters_dir) as runtime:
+        parts = []
+        for adapter in ("", "alpha", "alpha"):
+            trace, began_s = Spans(), time.monotonic()
+            await read(runtime, ask(adapter=adapter, trace=trace))
+            times = [at_s for span in trace.found.values() for at_s in span]
+            assert began_s <= min(times) and max(times) <= time.monotonic()
+            parts.append(trace.found)
+        base, missed, hit = parts
+        assert list(base) == ["queue", "prefill", "decode"]
+        assert list(missed) == ["queue", "lease", "lease/load", "prefill", "decode"]
+        assert list(hit) == ["queue", "lease", "prefill", "decode"]
+        for found in parts:
+            ends = [found[name] for name in found if "/" not in name]
+            assert all(start_s <= end_s for start_s, end_s in ends)
+            assert all(one[1] <= two[0] for one, two in pairwise(ends))
+        (lease, load) = missed["lease"], missed["lease/load"]
+        assert lease[0] <= load[0] < load[1] == lease[1]
+
+
+async def test_a_trace_of_a_request_that_ends_early_has_the_parts_that_it_had(
+    tiny_chat_model: Path, adapters_dir: Path
+) -> None:
+    async with serving(tiny_chat_model, adapters_dir) as runtime:
+        cancelled = Spans()
+        async with aclosing(runtime.generate(ask(sampling=LONG, trace=cancelled))) as chunks:
+            await anext(chunks)
+        assert list(cancelled.found) == ["queue", "prefill", "decode"]
+        unknown = Spans()
+        with pytest.raises(AdapterNotFound):
+            await read(runtime, ask(adapter="nobody", trace=unknown))
+        assert list(unknown.found) == ["queue", "lease"]
+
+
+async def test_prompts_may_be_limited_below_the_context(
+    tiny_chat_model: Path, adapters_dir: Path
+) -> None:
+    limits = {"limits": LimitsConfig(max_prompt_tokens=8)}
+    async with serving(tiny_chat_model, adapters_dir, settings=limits) as runtime:
+        await read(runtime, ask(token_ids=(5,) * 8))
+        with pytest.raises(InvalidRequest, match="has 9 tokens, this server takes 8"):
+            await read(runtime, ask(token_ids=(5,) * 9))
 
 
 async def test_a_chat_without_a_template_is_refused(tmp_path: Path, adapters_dir: Path) -> None:
@@ -878,6 +940,8 @@ async def test_closing_ends_requests_as_cancelled(
     tiny_chat_model: Path, adapters_dir: Path
 ) -> None:
     async with serving(tiny_chat_model, adapters_dir) as runtime:
+        for name in ("alpha", "beta"):  # so that none has ended before the last one runs
+            await runtime.load_adapter(name)
         requests = [
             ask(f"{i}", adapter=name, sampling=SamplingParams(ignore_eos=True))
             for i, name in enumerate(["", "alpha", "beta", "alpha"])

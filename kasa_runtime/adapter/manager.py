@@ -169,6 +169,10 @@ class AdapterManager:
             await self._with_version(spec, self._residency.prefetch)
         return await self.get(spec)
 
+    async def fetch(self, spec: str) -> None:
+        """Bring a version into the host tier, if it is in no slot. Raises as `lease`."""
+        await self._with_version(spec, self._residency.fetch)
+
     async def unload(self, spec: str) -> AdapterInfo:
         """Take a version out of the engine and of memory, with its last lease if it is held; its
         name is not pinned any more. Raises AdapterInUse if merged."""

@@ -17,14 +17,14 @@ import click
 
 from kasa_runtime.commands.output import print_fields, table_console
 from kasa_runtime.commands.sampling import sampling_of, sampling_options
-from kasa_runtime.commands.server_address import address_option
+from kasa_runtime.commands.server_address import address_option, security_of
 from kasa_runtime.errors import KasaError
 from kasa_runtime.types import ChatMessage, ModelInfo, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from kasa_runtime.client import AsyncClient
+    from kasa_runtime.client import AsyncClient, SecurityOptions
     from kasa_runtime.loadtest.load import Load, Request
     from kasa_runtime.loadtest.report import Report
     from kasa_runtime.types import TokenChunk
@@ -112,7 +112,7 @@ def command(*, address: str, json_file: Path | None, html_file: Path | None, **v
     failed.
     """
     plan = _plan(values)
-    run = Run(address, plan)
+    run = Run(address, plan, security_of(click.get_current_context()))
     interrupted = False
     try:
         asyncio.run(run.run())
@@ -146,9 +146,10 @@ def _plan(values: dict[str, Any]) -> Plan:
 class Run:
     """One load: `load` and `model` are there once it runs, also when it is interrupted."""
 
-    def __init__(self, address: str, plan: Plan) -> None:
+    def __init__(self, address: str, plan: Plan, security: SecurityOptions) -> None:
         self._address = address
         self._plan = plan
+        self._security = security
         self.load: Load | None = None
         self.model: ModelInfo | None = None
 
@@ -158,7 +159,7 @@ class Run:
         from kasa_runtime.loadtest.load import Load
 
         plan = self._plan
-        async with AsyncClient(self._address, max_attempts=1) as client:
+        async with AsyncClient(self._address, max_attempts=1, **self._security) as client:
             self.model = await client.get_model()
             requests = await self._requests(client)
             ask = partial(self._ask, client)

@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from kasa_runtime.base_model.catalog import CATALOG
+from kasa_runtime.commands.server_address import connect
 from kasa_runtime.errors import KasaError
 
 TIMEOUT_S = 0.5
@@ -42,10 +43,8 @@ def adapter_names(
 ) -> list[CompletionItem]:
     """Adapters of the server that the command would talk to, with their states."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what it logs would land on the command line
-    from kasa_runtime.client import Client
-
     try:
-        with Client(context.params["address"], max_attempts=1) as client:
+        with connect(context.params["address"], context) as client:
             infos = client.list_adapters(timeout_s=TIMEOUT_S)
     except (KasaError, TimeoutError):
         return []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +19,35 @@ import click
 Config = TypeVar("Config")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-
 Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A setting in a tree of configurations. `path`: the fields that lead to it, with its own."""
+
+    path: tuple[str, ...]
+    field: Field[Any]
+    hint: Any
+
+    @property
+    def name(self) -> str:
+        return self.field.name
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def leaves(config_type: type, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
+    """All settings of a configuration, in the order of its fields; their names must differ."""
+    hints = typing.get_type_hints(config_type)
+    for field in _fields(config_type):
+        hint = hints[field.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield from leaves(hint, (*path, field.name))
+        else:
+            yield Leaf((*path, field.name), field, without_none(hint))
 
 
 def options(*config_types: type, **changed: Settings) -> Callable[[Command], Command]:
@@ -28,14 +55,14 @@ def options(*config_types: type, **changed: Settings) -> Callable[[Command], Com
 
     `changed` has settings of `click.option` for the flags of some fields, by field name.
     """
-    found = [option for config_type in config_types for option in _options(config_type, changed)]
-    names = [name for name, _ in found]
+    found = [leaf for config_type in config_types for leaf in leaves(config_type)]
+    names = [leaf.name for leaf in found]
     repeated = sorted({name for name in names if names.count(name) > 1})
     assert not repeated, f"fields of one name in two configurations: {repeated}"
 
     def decorate(command: Command) -> Command:
-        for _, option in reversed(found):
-            command = option(command)
+        for leaf in reversed(found):
+            command = _option(leaf, changed.get(leaf.name, {}))(command)
         return command
 
     return decorate
@@ -58,20 +85,8 @@ def _fields(config_type: type) -> Iterator[Field[Any]]:
     return (f for f in fields(config_type) if f.init and f.metadata.get("flag", True))
 
 
-def _options(
-    config_type: type, changed: Mapping[str, Settings]
-) -> Iterator[tuple[str, Callable[[Any], Any]]]:
-    hints = typing.get_type_hints(config_type)
-    for field in _fields(config_type):
-        hint = hints[field.name]
-        if is_dataclass(hint) and isinstance(hint, type):
-            yield from _options(hint, changed)
-        else:
-            yield field.name, _option(field, hint, changed.get(field.name, {}))
-
-
-def _option(field: Field[Any], hint: Any, changed: Settings) -> Callable[[Any], Any]:
-    flag = "--" + field.name.replace("_", "-")
+def _option(leaf: Leaf, changed: Settings) -> Callable[[Any], Any]:
+    field, hint, flag = leaf.field, leaf.hint, leaf.flag
     default = _default(field)
     settings: dict[str, Any] = {
         "help": field.metadata.get("help"),
@@ -81,7 +96,6 @@ def _option(field: Field[Any], hint: Any, changed: Settings) -> Callable[[Any], 
         settings |= {"required": True, "show_default": False}
     else:
         settings["default"] = default
-    hint = _without_none(hint)
     if hint is bool:
         flag = f"{flag}/--no-{flag[2:]}"
     elif typing.get_origin(hint) is tuple:
@@ -97,7 +111,8 @@ def _default(field: Field[Any]) -> Any:
     return field.default
 
 
-def _without_none(hint: Any) -> Any:
+def without_none(hint: Any) -> Any:
+    """`X` of the type `X | None`, and any other as it is."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
     return hint

@@ -25,7 +25,9 @@ from kasa_runtime.types import (
 )
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "commands.md").read_text(encoding="utf-8")
-SHOWN = dict(re.findall(r"^    kasa ((?:adapters |model )?[a-z]+)( .*)", GUIDE, re.MULTILINE))
+SHOWN = dict(
+    re.findall(r"^    kasa ((?:adapters |model |token )?[a-z]+)( .*)", GUIDE, re.MULTILINE)
+)
 
 
 def commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:

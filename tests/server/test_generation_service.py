@@ -171,3 +171,9 @@ async def test_unknown_error_is_logged_and_tells_nothing(served, caplog):
     assert "secret" not in caught.value.details()
     assert "secret of the implementation" in caplog.text
     assert "req-8" in caplog.text
+
+
+async def test_without_a_collector_requests_have_no_trace(served):
+    metadata = (("traceparent", f"00-{'1' * 32}-{'2' * 16}-01"),)
+    await served.generation.Generate(pb.GenerateRequest(prompt="one"), metadata=metadata)
+    assert served.runtime.requests[0].trace is None

@@ -39,6 +39,8 @@ def details_of(status):
 
 CODES = {
     "InvalidRequest": StatusCode.INVALID_ARGUMENT,
+    "Unauthenticated": StatusCode.UNAUTHENTICATED,
+    "PermissionDenied": StatusCode.PERMISSION_DENIED,
     "AdapterInvalid": StatusCode.INVALID_ARGUMENT,
     "AdapterNotFound": StatusCode.NOT_FOUND,
     "DigestMismatch": StatusCode.DATA_LOSS,
