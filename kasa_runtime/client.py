@@ -15,6 +15,7 @@ from typing import Self, TypeVar, Unpack
 import grpc
 
 from kasa_runtime import client_wire as wire
+from kasa_runtime.client_channel import MAX_ATTEMPTS, channel_options
 from kasa_runtime.client_security import SecurityOptions, open_channel
 from kasa_runtime.client_upload import Progress, UploadMessages, UploadOptions
 from kasa_runtime.client_wire import GenerateOptions
@@ -48,12 +49,12 @@ class Client:
         address: str = DEFAULT_ADDRESS,
         *,
         timeout_s: float | None = None,
-        max_attempts: int = wire.MAX_ATTEMPTS,
+        max_attempts: int = MAX_ATTEMPTS,
         **security: Unpack[SecurityOptions],
     ) -> None:
         self._address = address
         self._timeout_s = timeout_s
-        self._channel = open_channel(address, security, wire.channel_options(max_attempts))
+        self._channel = open_channel(address, security, channel_options(max_attempts))
         self._stubs = wire.Stubs(self._channel)
 
     def close(self) -> None:
@@ -166,13 +167,13 @@ class AsyncClient:
         address: str = DEFAULT_ADDRESS,
         *,
         timeout_s: float | None = None,
-        max_attempts: int = wire.MAX_ATTEMPTS,
+        max_attempts: int = MAX_ATTEMPTS,
         **security: Unpack[SecurityOptions],
     ) -> None:
         self._address = address
         self._timeout_s = timeout_s
         self._security = security
-        options = wire.channel_options(max_attempts)
+        options = channel_options(max_attempts)
         self._channel = open_channel(address, security, options, asynchronous=True)
         self._stubs = wire.Stubs(self._channel)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ import grpc
 import httpx
 import pytest
 from adapter.making import make_adapter
+from click.testing import CliRunner
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from kasa.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -23,6 +25,7 @@ from kasa.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_
 from kasa_runtime.adapter import checkpoint
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.adapter.upload import MAX_UPLOAD_BYTES
+from kasa_runtime.cli import cli
 from kasa_runtime.client import AsyncClient
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import AdapterNotFound, VersionConflict
@@ -209,6 +212,25 @@ async def test_upload_replace_rollback_delete(live: Live, tiny_chat_model: Path)
     assert again.token_ids == old.token_ids
     await live.client.delete_adapter("up")
     assert not await states_of(live, "up")
+
+
+async def test_load_on_all_adapters(live: Live, tmp_path: Path) -> None:
+    file, page = tmp_path / "load.json", tmp_path / "load.html"
+    arguments = ["bench", "--address", live.address, "--adapters", "-,first,second", "--ignore-eos"]
+    arguments += ["--rate", "40", "--requests", "12", "--max-tokens", "5"]
+    arguments += ["--json", str(file), "--html", str(page)]
+    result = await asyncio.to_thread(CliRunner().invoke, cli, arguments)
+    report = json.loads(file.read_text())
+    # At most four are queued: what more came was refused, and is counted so.
+    assert report["errors"].keys() <= {"OVERLOADED"}
+    num_failed = sum(report["errors"].values())
+    assert result.exit_code == (1 if num_failed else 0), result.output
+    good = report["all"]["num_requests"] - num_failed
+    assert report["all"]["num_requests"] == 12 and good > 0
+    assert report["all"]["output_tokens"] == 5 * good
+    assert 0 < report["all"]["ttft_s"]["p50"] < report["all"]["e2e_s"]["p50"]
+    assert {each["adapter"] for each in report["adapters"]} <= {"", "first", "second"}
+    assert "<svg" in page.read_text()
 
 
 async def test_merge_and_unmerge_while_others_are_served(live: Live) -> None:

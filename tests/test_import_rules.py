@@ -34,6 +34,7 @@ ON_TOP = {
     "__init__",
     "cli",
     "client",
+    "client_channel",
     "client_security",
     "client_upload",
     "client_wire",

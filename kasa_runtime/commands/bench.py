@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from kasa_runtime.loadtest.report import Report
     from kasa_runtime.types import TokenChunk
 
+DEFAULT_DURATION_S = 30.0
 SHOW_EVERY_S = 0.25
 INTERRUPTED = 130
 path = click.Path(dir_okay=False, path_type=Path)
@@ -40,7 +42,7 @@ class Plan:
 
     rate: float | None
     concurrency: int | None
-    duration_s: float
+    duration_s: float | None
     requests: int | None
     adapters: str
     zipf: float
@@ -63,9 +65,7 @@ class Plan:
     "--duration",
     "duration_s",
     type=positive,
-    default=30.0,
-    show_default=True,
-    help="seconds in which requests are sent",
+    help="seconds in which requests are sent; 30 by default, or with --requests no limit",
 )
 @click.option("--requests", type=click.IntRange(min=1), help="send so many at most")
 @click.option(
@@ -137,6 +137,8 @@ def command(*, address: str, json_file: Path | None, html_file: Path | None, **v
 def _plan(values: dict[str, Any]) -> Plan:
     if (values["rate"] is None) == (values["concurrency"] is None):
         raise click.UsageError("give one of --rate (open loop) and --concurrency (closed loop)")
+    if values["duration_s"] is None and values["requests"] is None:
+        values["duration_s"] = DEFAULT_DURATION_S
     own = {name: values.pop(name) for name in Plan.__dataclass_fields__ if name in values}
     return Plan(**own, sampling=sampling_of(values))
 
@@ -163,7 +165,7 @@ class Run:
             ask = partial(self._ask, client)
             if plan.warmup:
                 warming = islice(requests, plan.warmup)
-                await Load(ask).closed_loop(warming, plan.concurrency or 1, float("inf"))
+                await Load(ask).closed_loop(warming, plan.concurrency or 1, math.inf)
             self.load = Load(ask)
             async with _progress(self.load, plan):
                 await self._send(self.load, islice(requests, plan.requests))
@@ -189,12 +191,13 @@ class Run:
 
     async def _send(self, load: Load, requests: Iterator[Request]) -> None:
         plan = self._plan
+        duration_s = math.inf if plan.duration_s is None else plan.duration_s
         if plan.rate is not None:
             arrivals = Random(plan.load_seed + 1)
-            await load.open_loop(requests, plan.rate, plan.duration_s, arrivals)
+            await load.open_loop(requests, plan.rate, duration_s, arrivals)
         else:
             assert plan.concurrency is not None
-            await load.closed_loop(requests, plan.concurrency, plan.duration_s)
+            await load.closed_loop(requests, plan.concurrency, duration_s)
 
     def report(self, *, interrupted: bool) -> Report:
         """Raises KasaError if no request came to an end."""
@@ -235,7 +238,8 @@ async def _progress(load: Load, plan: Plan) -> AsyncIterator[None]:
 
 def _share_done(load: Load, plan: Plan) -> float:
     of_requests = len(load.samples) / plan.requests if plan.requests else 0.0
-    return min(1.0, max(load.now_s / plan.duration_s, of_requests))
+    of_time = load.now_s / plan.duration_s if plan.duration_s else 0.0
+    return min(1.0, max(of_time, of_requests))
 
 
 def _state(load: Load) -> str:

@@ -12,7 +12,7 @@ from kasa_runtime.loadtest.report import Report, table
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 420, 260, 62, 42, 14
+WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 430, 270, 62, 42, 24
 MAX_POINTS = 2000
 NUM_TICKS = 5
 STYLE = """

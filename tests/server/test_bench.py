@@ -44,6 +44,7 @@ async def test_closed_loop(served, bench, tmp_path):
     assert report["max_in_flight"] == 4
     assert 0.01 <= report["all"]["ttft_s"]["p50"] <= report["all"]["e2e_s"]["p50"]
     assert report["settings"]["concurrency"] == 4
+    assert report["settings"]["duration_s"] is None
     assert report["settings"]["sampling"]["max_tokens"] == 2
     assert (report["errors"], report["interrupted"]) == ({}, False)
     assert {request.prompt for request in served.runtime.requests} == {"one two", "three four five"}

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 from conftest import CONFIG
 from fake_runtime import MODEL, FakeRuntime
+from kasa.v1 import adapters_pb2, generation_pb2, model_pb2
 
 from kasa_runtime import errors
 from kasa_runtime.client import AsyncClient, Client
+from kasa_runtime.client_channel import RETRIED
 from kasa_runtime.types import (
     AdapterState,
     AdapterTier,
@@ -314,6 +316,16 @@ async def test_not_tried_again_are_other_errors_and_what_must_not_happen_twice(s
     with pytest.raises(errors.ShuttingDown):
         await client.delete_adapter("style")
     assert deleted == ["style"]
+
+
+def test_all_other_methods_are_tried_again():
+    files = (adapters_pb2, generation_pb2, model_pb2)
+    services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+    methods = {(service.name, method.name) for service in services for method in service.methods}
+    retried = {(service, method) for service, names in RETRIED.items() for method in names}
+    not_retried = {"UploadAdapter", "DeleteAdapter", "RollbackAdapter"}
+    assert methods - retried == {("AdapterService", method) for method in not_retried}
+    assert retried < methods
 
 
 async def test_attempts_have_a_limit(served):
