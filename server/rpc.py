@@ -117,6 +117,11 @@ def _logged(call: Call) -> Iterator[None]:
         call.facts["code"] = grpc.StatusCode.CANCELLED.name
         raise
     finally:
+        _log(call, time.monotonic() - began_s)
+
+
+def _log(call: Call, total_s: float) -> None:
+    if logger.isEnabledFor(logging.INFO):
         facts = {"code": "OK", **call.facts}
-        facts |= {"client": call.client, "total_s": time.monotonic() - began_s}
+        facts |= {"client": call.client, "total_s": total_s}
         logger.info("%s", call.method, extra=logs.fields(**facts))
