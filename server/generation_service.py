@@ -50,7 +50,7 @@ class GenerationService:
         with self._traced(self._request(message, call), call) as request:
             async with aclosing(coalesced(self._runtime.generate(request))) as chunks:
                 async for chunk in chunks:
-                    await call.context.write(convert.stream_response(chunk))
+                    await call.write(convert.stream_response(chunk))
                     _end(chunk, call)
 
     def _traced(

@@ -33,7 +33,8 @@ _num_calls = itertools.count(1)
 @dataclass(slots=True)
 class Call:
     """One call of an RPC method. `request_id` is the client's own, or one made up for it; `client`
-    is whose limits it counts against; `facts` are for its line in the log."""
+    is whose limits it counts against; `facts` are for its line in the log; `arrival_s` is on the
+    clock of `time.monotonic`."""
 
     context: Any
     method: str
@@ -42,6 +43,20 @@ class Call:
     caller: Caller = ANYONE
     client: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    arrival_s: float = field(default_factory=time.monotonic)
+    begun: bool = False
+
+    async def begin(self) -> None:
+        """Send the initial metadata if that was not done. Until then gRPC takes the call for one
+        that did nothing yet, so that clients may retry it."""
+        if not self.begun:
+            self.begun = True
+            await self.context.send_initial_metadata(((REQUEST_ID, self.request_id),))
+
+    async def write(self, message: Any) -> None:
+        """Send a message of a stream."""
+        await self.begin()
+        await self.context.write(message)
 
     @property
     def unique_id(self) -> str:
@@ -59,7 +74,7 @@ Method = Callable[[Any, Any, Call], Awaitable[Any]]
 
 
 def rpc(method: Method) -> Callable[[Any, Any, Any], Awaitable[Any]]:
-    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call.context`;
+    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call`;
     `self.gate` says who may call."""
 
     @functools.wraps(method)
@@ -82,13 +97,13 @@ def rpc(method: Method) -> Callable[[Any, Any, Any], Awaitable[Any]]:
 
 
 async def _admitted(method: Method, service: Any, request: Any, call: Call) -> Any:
-    ours = ((REQUEST_ID, call.request_id),)
-    call.context.set_trailing_metadata(ours)
+    call.context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
     call.caller = service.gate.caller(call.metadata)
     call.client = client_of(call.caller, call.context.peer())
     with service.gate.stream(call.client):
-        await call.context.send_initial_metadata(ours)
-        return await method(service, request, call)
+        response = await method(service, request, call)
+        await call.begin()
+        return response
 
 
 def _take_request_id(call: Call) -> InvalidRequest | None:
@@ -110,18 +125,17 @@ async def _abort(call: Call, error: Exception) -> None:
 @contextmanager
 def _logged(call: Call) -> Iterator[None]:
     """A line at the end of the call: what, whose, how it ended, how long it took."""
-    began_s = time.monotonic()
     try:
         yield
     except asyncio.CancelledError:
         call.facts["code"] = grpc.StatusCode.CANCELLED.name
         raise
     finally:
-        _log(call, time.monotonic() - began_s)
+        _log(call)
 
 
-def _log(call: Call, total_s: float) -> None:
+def _log(call: Call) -> None:
     if logger.isEnabledFor(logging.INFO):
         facts = {"code": "OK", **call.facts}
-        facts |= {"client": call.client, "total_s": total_s}
+        facts |= {"client": call.client, "total_s": time.monotonic() - call.arrival_s}
         logger.info("%s", call.method, extra=logs.fields(**facts))
