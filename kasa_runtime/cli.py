@@ -1,7 +1,7 @@
 """`kasa`: the console script. Sub-commands live in `kasa_runtime/commands/` and are imported when
 called, so that `kasa --help` does not pay for torch.
 
-Exit status: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted training.
+Exit status: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ COMMANDS = {
     "serve": "Serve one base model and its adapters over gRPC.",
     "status": "Show what a running server serves.",
     "generate": "Send a prompt to a running server.",
+    "chat": "Talk with a running server, turn by turn.",
     "adapters": "List, upload, merge and otherwise manage adapters of a running server.",
     "token": "Make tokens that a server lets in.",
+    "bench": "Load a running server and report latencies, throughput and errors.",
     "train": "Train an adapter from a run.toml.",
     "experiment": "Compare ways to train over several seeds.",
     "model": "Fetch, inspect and prepare base models.",

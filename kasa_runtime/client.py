@@ -1,8 +1,8 @@
 """Clients of a server, for threads (`Client`) and for asyncio (`AsyncClient`).
 
-With `client_wire.py` the one place outside `server/` that knows gRPC; callers see the library's
-types. Errors are those of `kasa_runtime.errors`; a deadline that passes is a TimeoutError; a server
-that does not answer is a KasaError. Methods that both clients have are described at `Client`.
+With `client_wire.py` and `client_upload.py` the one place outside `server/` that knows gRPC;
+callers see the library's types. Errors are those of `kasa_runtime.errors`; a deadline that passes
+is a TimeoutError. Methods that both clients have are described at `Client`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import grpc
 
 from kasa_runtime import client_wire as wire
 from kasa_runtime.client_security import SecurityOptions, open_channel
-from kasa_runtime.client_wire import GenerateOptions, Progress, UploadOptions
-from kasa_runtime.types import AdapterInfo, ChatMessage, ModelInfo, TokenChunk
+from kasa_runtime.client_upload import Progress, UploadMessages, UploadOptions
+from kasa_runtime.client_wire import GenerateOptions
+from kasa_runtime.errors import KasaError
+from kasa_runtime.types import AdapterInfo, AdapterVersion, ChatMessage, ModelInfo, TokenChunk
 
 __all__ = [
     "AsyncClient",
@@ -34,12 +36,24 @@ Result = TypeVar("Result")
 
 
 class Client:
-    """Calls a server, from any thread. Close it, or use `with`. Raises ConfigError for files of
-    `security` that cannot be used."""
+    """Calls a server, from any thread. Close it, or use `with`.
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, **security: Unpack[SecurityOptions]) -> None:
+    `timeout_s`: of each call that is given none. `max_attempts` (1 to 5): where a server is not
+    there, is shutting down or goes away, calls are made again, in all so often and for about 3 s;
+    but no generation after its first token, and nothing that must not happen twice (upload, delete,
+    rollback). Raises ConfigError, also for files of `security` that cannot be used."""
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float | None = None,
+        max_attempts: int = wire.MAX_ATTEMPTS,
+        **security: Unpack[SecurityOptions],
+    ) -> None:
         self._address = address
-        self._channel = open_channel(address, security)
+        self._timeout_s = timeout_s
+        self._channel = open_channel(address, security, wire.channel_options(max_attempts))
         self._stubs = wire.Stubs(self._channel)
 
     def close(self) -> None:
@@ -60,7 +74,9 @@ class Client:
     ) -> Iterator[TokenChunk]:
         """A generation as it comes. Closing the iterator cancels it."""
         request = wire.generate_request(prompt, options)
-        call = self._stubs.generation.GenerateStream(request, **wire.call_options(options))
+        call = self._stubs.generation.GenerateStream(
+            request, **wire.call_options(options, self._timeout_s)
+        )
         try:
             for message in call:
                 yield wire.chunk(message)
@@ -71,7 +87,13 @@ class Client:
 
     def upload(self, directory: Path | str, **options: Unpack[UploadOptions]) -> AdapterInfo:
         """Publish a directory. Raises AdapterInvalid, BaseMismatch, VersionConflict."""
-        return self._do(wire.upload(Path(directory), options))
+        messages = UploadMessages(Path(directory), options)
+        try:
+            return self._do(wire.upload(iter(messages)))
+        except KasaError:
+            if messages.failure is not None:
+                raise messages.failure from None
+            raise
 
     def list_adapters(self, *, timeout_s: float | None = None) -> list[AdapterInfo]:
         """All adapters by name, those in quarantine too. `timeout_s` is for each page of 1000."""
@@ -84,6 +106,11 @@ class Client:
     def get_adapter(self, name: str) -> AdapterInfo:
         """An adapter, also one in quarantine. Raises AdapterNotFound."""
         return self._do(wire.to_adapter("GetAdapter", name=name))
+
+    def list_adapter_versions(self, name: str) -> list[AdapterVersion]:
+        """What is kept of a name, latest first: what `name@version` and a rollback can reach.
+        Raises AdapterNotFound, AdapterQuarantined."""
+        return self._do(wire.list_adapter_versions(name))
 
     def delete_adapter(self, name: str) -> None:
         """Delete all versions. Raises AdapterNotFound, AdapterInUse."""
@@ -123,18 +150,30 @@ class Client:
 
     def _do(self, call: wire.UnaryCall[Result]) -> Result:
         try:
-            return call.result(call.method(self._stubs)(call.request, **call.options))
+            return call.result(
+                call.method(self._stubs)(call.request, **call.timed(self._timeout_s))
+            )
         except grpc.RpcError as error:
             raise wire.error(error, self._address) from None
 
 
 class AsyncClient:
-    """Calls a server from the event loop in which it is made. Close it, or use `async with`."""
+    """Calls a server from the event loop in which it is made. Close it, or use `async with`. Takes
+    what `Client` takes."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, **security: Unpack[SecurityOptions]) -> None:
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float | None = None,
+        max_attempts: int = wire.MAX_ATTEMPTS,
+        **security: Unpack[SecurityOptions],
+    ) -> None:
         self._address = address
+        self._timeout_s = timeout_s
         self._security = security
-        self._channel = open_channel(address, security, asynchronous=True)
+        options = wire.channel_options(max_attempts)
+        self._channel = open_channel(address, security, options, asynchronous=True)
         self._stubs = wire.Stubs(self._channel)
 
     async def close(self) -> None:
@@ -155,7 +194,9 @@ class AsyncClient:
         self, prompt: str | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[TokenChunk]:
         request = wire.generate_request(prompt, options)
-        call = self._stubs.generation.GenerateStream(request, **wire.call_options(options))
+        call = self._stubs.generation.GenerateStream(
+            request, **wire.call_options(options, self._timeout_s)
+        )
         try:
             async for message in call:
                 yield wire.chunk(message)
@@ -167,7 +208,7 @@ class AsyncClient:
     async def upload(self, directory: Path | str, **options: Unpack[UploadOptions]) -> AdapterInfo:
         # In a thread, with gRPC's other client: a server that refuses early would here often look
         # like INTERNAL. Drop when grpc/grpc#36066 is fixed. Cancelling closes the channel.
-        with Client(self._address, **self._security) as client:
+        with Client(self._address, timeout_s=self._timeout_s, **self._security) as client:
             return await asyncio.to_thread(client.upload, directory, **options)
 
     async def list_adapters(self, *, timeout_s: float | None = None) -> list[AdapterInfo]:
@@ -179,6 +220,9 @@ class AsyncClient:
 
     async def get_adapter(self, name: str) -> AdapterInfo:
         return await self._do(wire.to_adapter("GetAdapter", name=name))
+
+    async def list_adapter_versions(self, name: str) -> list[AdapterVersion]:
+        return await self._do(wire.list_adapter_versions(name))
 
     async def delete_adapter(self, name: str) -> None:
         return await self._do(wire.delete_adapter(name))
@@ -208,6 +252,8 @@ class AsyncClient:
 
     async def _do(self, call: wire.UnaryCall[Result]) -> Result:
         try:
-            return call.result(await call.method(self._stubs)(call.request, **call.options))
+            return call.result(
+                await call.method(self._stubs)(call.request, **call.timed(self._timeout_s))
+            )
         except grpc.RpcError as error:
             raise wire.error(error, self._address) from None

@@ -10,8 +10,6 @@ import grpc
 
 from kasa_runtime.errors import ConfigError
 
-OPTIONS = [("grpc.max_receive_message_length", -1)]
-
 
 class SecurityOptions(TypedDict, total=False):
     """What a client takes beside the address; any of the files means TLS."""
@@ -23,15 +21,21 @@ class SecurityOptions(TypedDict, total=False):
     private_key: Path | str | None  # PEM: of that certificate
 
 
-def open_channel(address: str, security: SecurityOptions, *, asynchronous: bool = False) -> Any:
+def open_channel(
+    address: str,
+    security: SecurityOptions,
+    options: list[tuple[str, Any]],
+    *,
+    asynchronous: bool = False,
+) -> Any:
     """A channel of gRPC's one kind or the other, whose calls carry the token. Raises ConfigError
     for files that cannot be read or are not complete."""
     make = grpc.aio if asynchronous else grpc
     credentials = _credentials(security)
     if credentials is None:
-        channel = make.insecure_channel(address, options=OPTIONS)
+        channel = make.insecure_channel(address, options=options)
     else:
-        channel = make.secure_channel(address, credentials, options=OPTIONS)
+        channel = make.secure_channel(address, credentials, options=options)
     token = security.get("token")
     return _WithMetadata(channel, (("authorization", f"Bearer {token}"),)) if token else channel
 

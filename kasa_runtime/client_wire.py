@@ -5,10 +5,9 @@ Both clients make the same `UnaryCall`s; only how they wait for the answer diffe
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
 
 import grpc
@@ -27,14 +26,24 @@ from kasa_runtime import errors
 from kasa_runtime import types as t
 from kasa_runtime.errors import reason
 
-CHUNK_BYTES = 2**20
 PAGE_SIZE = 1000  # the most that a server gives
-REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
-OPTIONAL_FILES = ("kasa_meta.json", "README.md")
+MAX_ATTEMPTS = 5  # the most that gRPC makes
+RETRIED = {
+    "GenerationService": ("Generate", "GenerateStream"),  # nothing is kept of a broken-off one
+    "AdapterService": (
+        "ListAdapters",
+        "GetAdapter",
+        "ListAdapterVersions",
+        "LoadAdapter",
+        "UnloadAdapter",
+        "MergeAdapter",
+        "UnmergeAdapter",
+    ),
+    "ModelService": ("GetModel", "Tokenize"),
+}
+"""Methods that may be called again when it is not known whether a first call did anything."""
 
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]
-"""Called, in another thread, with the bytes sent so far and those of the whole upload."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -49,12 +58,37 @@ class GenerateOptions(TypedDict, total=False):
     cache_salt: str  # only requests with the same one share cached prefixes; default: ""
 
 
-class UploadOptions(TypedDict, total=False):
-    """What an upload takes beside the directory."""
-
-    name: str | None  # default: the directory's
-    expected_version: str | None  # only onto this version; "" = only if the name is new
-    progress: Progress | None
+def channel_options(max_attempts: int) -> list[tuple[str, Any]]:
+    """Of a channel that calls again what may be called again: after UNAVAILABLE, before the first
+    message of a response, with pauses of about 0.1, 0.3, 0.9 and 2 s. Raises ConfigError."""
+    if not 1 <= max_attempts <= MAX_ATTEMPTS:
+        raise errors.ConfigError(f"max_attempts must be 1 to {MAX_ATTEMPTS}, got {max_attempts}")
+    options: list[tuple[str, Any]] = [("grpc.max_receive_message_length", -1)]
+    if max_attempts == 1:
+        return [*options, ("grpc.enable_retries", 0)]
+    policy = {
+        "maxAttempts": max_attempts,
+        "initialBackoff": "0.1s",
+        "backoffMultiplier": 3,
+        "maxBackoff": "2s",
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    names = [
+        {"service": f"kasa.v1.{service}", "method": method}
+        for service, methods in RETRIED.items()
+        for method in methods
+    ]
+    return [
+        *options,
+        (
+            "grpc.service_config",
+            json.dumps({"methodConfig": [{"name": names, "retryPolicy": policy}]}),
+        ),
+        # A channel connects again at its own pace, which by default is slower than these attempts.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.per_rpc_retry_buffer_size", 8 * 2**20),  # longer prompts are not sent again
+    ]
 
 
 class Stubs:
@@ -75,6 +109,11 @@ class UnaryCall(Generic[Result]):
     result: Callable[[Any], Result]
     options: dict[str, Any] = field(default_factory=dict)
 
+    def timed(self, timeout_s: float | None) -> dict[str, Any]:
+        """The call's options, with `timeout_s` where it has no timeout of its own."""
+        given_s = self.options.get("timeout")
+        return self.options | {"timeout": timeout_s if given_s is None else given_s}
+
 
 # Calls
 
@@ -84,9 +123,7 @@ def generate(prompt: str | None, options: GenerateOptions) -> UnaryCall[t.TokenC
     return UnaryCall(lambda s: s.generation.Generate, request, chunk, call_options(options))
 
 
-def upload(directory: Path, options: UploadOptions) -> UnaryCall[t.AdapterInfo]:
-    """The request is an iterator that reads files as it goes."""
-    messages = upload_messages(directory, options)
+def upload(messages: Iterator[Any]) -> UnaryCall[t.AdapterInfo]:
     return UnaryCall(lambda s: s.adapters.UploadAdapter, messages, _adapter_of)
 
 
@@ -100,6 +137,14 @@ def list_adapters(
 
     request = adapters_pb2.ListAdaptersRequest(page_size=PAGE_SIZE, page_token=token)
     return UnaryCall(lambda s: s.adapters.ListAdapters, request, result, {"timeout": timeout_s})
+
+
+def list_adapter_versions(name: str) -> UnaryCall[list[t.AdapterVersion]]:
+    def result(response: Any) -> list[t.AdapterVersion]:
+        return [_adapter_version(message) for message in response.versions]
+
+    request = adapters_pb2.ListAdapterVersionsRequest(name=name)
+    return UnaryCall(lambda s: s.adapters.ListAdapterVersions, request, result)
 
 
 def to_adapter(method: str, **arguments: str | bool) -> UnaryCall[t.AdapterInfo]:
@@ -148,11 +193,15 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> Any:
     )
 
 
-def call_options(options: GenerateOptions) -> dict[str, Any]:
+def call_options(
+    options: GenerateOptions, default_timeout_s: float | None = None
+) -> dict[str, Any]:
     """Timeout and metadata of a generation's call."""
+    timeout_s = options.get("timeout_s")
     request_id = options.get("request_id")
     metadata = (("x-request-id", request_id),) if request_id else ()
-    return {"timeout": options.get("timeout_s"), "metadata": metadata}
+    timeout_s = default_timeout_s if timeout_s is None else timeout_s
+    return {"timeout": timeout_s, "metadata": metadata}
 
 
 def _require_one(**inputs: object) -> None:
@@ -167,47 +216,6 @@ def _chat(messages: Sequence[t.ChatMessage] | None) -> Any:
         return None
     wire = [generation_pb2.ChatMessage(role=m.role, content=m.content) for m in messages]
     return generation_pb2.Chat(messages=wire)
-
-
-def upload_messages(directory: Path, options: UploadOptions) -> Iterator[Any]:
-    """The manifest, then the files in chunks. Raises AdapterInvalid when a file is missing or
-    cannot be read."""
-    missing = [name for name in REQUIRED_FILES if not (directory / name).is_file()]
-    if missing:
-        raise errors.AdapterInvalid(f"{directory} is no adapter: it has no {', '.join(missing)}")
-    optional = [name for name in OPTIONAL_FILES if (directory / name).is_file()]
-    paths = [directory / name for name in (*REQUIRED_FILES, *optional)]
-    manifest = adapters_pb2.UploadManifest(
-        name=options.get("name") or directory.resolve().name,
-        files=[_upload_file(path) for path in paths],
-        expected_version=options.get("expected_version"),
-    )
-    return _upload_messages(manifest, paths, options.get("progress"))
-
-
-def _upload_messages(manifest: Any, paths: list[Path], progress: Progress | None) -> Iterator[Any]:
-    yield adapters_pb2.UploadAdapterRequest(manifest=manifest)
-    num_sent, num_bytes = 0, sum(file.size for file in manifest.files)
-    for path in paths:
-        offset = 0
-        with path.open("rb") as file:
-            while data := file.read(CHUNK_BYTES):
-                chunk = adapters_pb2.UploadChunk(path=path.name, offset=offset, data=data)
-                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
-                offset += len(data)
-                num_sent += len(data)
-                if progress is not None:
-                    progress(num_sent, num_bytes)
-
-
-def _upload_file(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = path.stat().st_size
-    except OSError as error:
-        raise errors.AdapterInvalid(f"{path} cannot be read: {error.strerror or error}") from error
-    return adapters_pb2.UploadFile(path=path.name, size=size, sha256=digest)
 
 
 # Responses
@@ -248,6 +256,18 @@ def adapter(message: Any) -> t.AdapterInfo:
         reason=message.reason,
         tier=_enum(t.AdapterTier, adapters_pb2.AdapterTier, message.tier) or t.AdapterTier.DISK,
         pinned=message.pinned,
+    )
+
+
+def _adapter_version(message: Any) -> t.AdapterVersion:
+    return t.AdapterVersion(
+        version=message.version,
+        current=message.current,
+        size_bytes=message.size_bytes,
+        create_time=message.create_time.ToMicroseconds() / 1e6,
+        state=_enum(t.AdapterState, adapters_pb2.AdapterState, message.state),
+        tier=_enum(t.AdapterTier, adapters_pb2.AdapterTier, message.tier),
+        in_flight=message.in_flight,
     )
 
 

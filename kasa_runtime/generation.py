@@ -69,7 +69,8 @@ class Generation:
         now_s = time.monotonic()
         total_s = now_s - self.arrival_s
         self._ended = True
-        self.observer.finished(self.name, self._mode, reason, total_s=total_s)
+        decode_s = self._last_token_s - (self._first_token_s or self._last_token_s)
+        self.observer.finished(self.name, self._mode, reason, decode_s=decode_s, total_s=total_s)
         return replace(
             chunk,
             text=chunk.text + self.detokenizer.finish(),
@@ -113,6 +114,7 @@ class Generation:
             self.observer.first_token(
                 self.name,
                 queue_s=(self._scheduled_s or now_s) - self.arrival_s,
+                load_s=(self.leased_s or 0.0) - (self.admitted_s or 0.0),
                 ttft_s=now_s - self.arrival_s,
                 prompt_tokens=len(self.prompt_ids),
             )

@@ -15,7 +15,13 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    suppress,
+)
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,12 +30,19 @@ from kasa_runtime.adapter.names import is_name
 from kasa_runtime.admission import Admission, Visit
 from kasa_runtime.background import in_background, on_loop_clock
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.errors import AdapterNotFound, ConfigError, InvalidRequest, ShuttingDown
+from kasa_runtime.errors import (
+    AdapterNotFound,
+    ConfigError,
+    InvalidRequest,
+    KasaError,
+    ShuttingDown,
+)
 from kasa_runtime.limits import Limits, LimitsConfig
 from kasa_runtime.merging import AutoMerge, MergeConfig, MergePolicy
 from kasa_runtime.types import (
     BASE,
     AdapterInfo,
+    AdapterVersion,
     ChatMessage,
     FinishReason,
     GenerationRequest,
@@ -94,7 +107,7 @@ class RuntimeConfig:
         },
     )
     host_cache_gib: float = field(
-        default=0.5,
+        default=1.0,
         metadata={
             "help": "memory for adapters that are in no slot, in GiB: they come back without being "
             "read again; 0: none"
@@ -179,6 +192,8 @@ class Runtime:
         self._auto_merge: AutoMerge | None = None
         if config.merging.mode == "auto":
             self._auto_merge = AutoMerge(config.merging, manager, observer, self._merge_policy)
+        self._fetching_ahead = asyncio.Semaphore(1)
+        self._ahead: set[asyncio.Task[None]] = set()
         # Threads of its own: the loop's are at times all busy with adapters and their tails.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -239,6 +254,8 @@ class Runtime:
     async def close(self) -> None:
         """Stop watching and stepping; running requests end as cancelled."""
         self._draining = True
+        for task in self._ahead:
+            task.cancel()
         if self._auto_merge is not None:
             await self._auto_merge.close()
         await self._manager.close()
@@ -312,6 +329,11 @@ class Runtime:
         AdapterNotFound."""
         return await self._manager.get(name)
 
+    async def list_adapter_versions(self, name: str) -> list[AdapterVersion]:
+        """What `name@version` and a rollback can reach, latest first. Raises AdapterNotFound,
+        AdapterQuarantined (nothing is served of it)."""
+        return await self._manager.versions(name)
+
     def upload(self, manifest: UploadManifest) -> AbstractAsyncContextManager[Upload]:
         """Stage an adapter; see `Upload`. Leaving the context without `commit` discards it."""
         return self._manager.upload(manifest)
@@ -364,6 +386,11 @@ class Runtime:
             resident_adapters=self._manager.resident_names(),
             host_tier_bytes=self._manager.host_tier_bytes,
             token_shares=self._merge_policy.shares() if self._auto_merge is not None else {},
+            num_slots=self._engine.limits.max_slots,
+            num_steps=engine.num_steps,
+            num_preemptions=engine.num_preemptions,
+            running_adapters=self._admission.num_inside,
+            waiting_adapters=self._admission.num_waiting,
         )
 
     # --- inside -----------------------------------------------------------------------------------
@@ -443,6 +470,7 @@ class Runtime:
             try:
                 async with asyncio.timeout_at(on_loop_clock(request.deadline_s)):
                     if await self._exists(generation.name):
+                        self._fetch_ahead(request.adapter, visit)
                         await visit.enter(len(generation.prompt_ids))
                     generation.admitted_s = time.monotonic()
                     lease = await stack.enter_async_context(self._lease(request.adapter))
@@ -473,6 +501,21 @@ class Runtime:
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
+
+    def _fetch_ahead(self, adapter: str, visit: Visit) -> None:
+        """Bring an adapter into memory while its request waits, if it has to. One at a time: what
+        is to be loaded now is not held up."""
+
+        async def fetch() -> None:
+            async with self._fetching_ahead:
+                if visit.waiting:
+                    with suppress(KasaError, OSError):  # the request will learn of it
+                        await self._manager.fetch(adapter)
+
+        if adapter != BASE:
+            task = asyncio.create_task(fetch(), name=f"fetch ahead {adapter}")
+            self._ahead.add(task)
+            task.add_done_callback(self._ahead.discard)
 
     @asynccontextmanager
     async def _lease(self, adapter: str) -> AsyncIterator[Lease | None]:

@@ -238,6 +238,20 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """A version of an adapter that is kept on the disk, so that `name@version` and a rollback reach
+    it."""
+
+    version: str  # digest of the content
+    current: bool  # what the name alone stands for
+    size_bytes: int
+    create_time: float  # seconds since the epoch
+    state: AdapterState = AdapterState.READY
+    tier: AdapterTier = AdapterTier.DISK
+    in_flight: int = 0  # requests that hold it
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """The base model that a runtime serves."""
 
@@ -288,6 +302,15 @@ class RuntimeStats:
         default_factory=dict
     )  # "name@version" -> share that auto mode decides by, 0 to 1; empty in manual mode
     host_tier_bytes: int = 0  # weights of adapters in memory that are in no slot
+    num_slots: int = 0
+    num_steps: int = 0  # of the engine, since it started
+    num_preemptions: int = 0  # requests that gave their place in the KV cache to others
+    running_adapters: Mapping[str, int] = field(
+        default_factory=dict
+    )  # name -> requests that are in the engine; "" for the base model
+    waiting_adapters: Mapping[str, int] = field(
+        default_factory=dict
+    )  # name -> requests that wait in front of it
 
 
 class Observer:
@@ -300,21 +323,27 @@ class Observer:
     def queued(self, adapter: str) -> None: ...
 
     def first_token(
-        self, adapter: str, *, queue_s: float, ttft_s: float, prompt_tokens: int
-    ) -> None: ...
+        self, adapter: str, *, queue_s: float, load_s: float, ttft_s: float, prompt_tokens: int
+    ) -> None:
+        """Seconds since the arrival: `queue_s` until the first step with the request, of which it
+        waited for its adapter for `load_s`, and `ttft_s` until the token."""
 
     def tokens(self, adapter: str, *, count: int, gap_s: float | None) -> None:
         """`count` tokens arrived `gap_s` seconds after the previous ones (None: they were the
         first)."""
 
     def finished(
-        self, adapter: str, mode: Mode, reason: FinishReason, *, total_s: float
-    ) -> None: ...
+        self, adapter: str, mode: Mode, reason: FinishReason, *, decode_s: float, total_s: float
+    ) -> None:
+        """`decode_s` seconds passed between the first token and the last, 0 without two."""
 
     def failed(self, adapter: str, error: BaseException) -> None: ...
 
     def adapter_loaded(self, adapter: str, *, stage: str, seconds: float) -> None:
         """`stage` is one of read, tail, slot."""
+
+    def adapter_load_failed(self, adapter: str, error: BaseException) -> None:
+        """A stage of loading an adapter raised."""
 
     def merged(self, adapter: str, *, seconds: float) -> None:
         """An adapter was merged, or with "" the pristine weights were put back."""

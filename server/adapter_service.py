@@ -59,6 +59,15 @@ class AdapterService:
         return adapters_pb2.GetAdapterResponse(adapter=convert.adapter(info))
 
     @rpc
+    async def ListAdapterVersions(self, message: Any, call: Call) -> Any:
+        name = convert.adapter_name("name", message.name)
+        call.caller.require_sight(name)
+        versions = await self._runtime.list_adapter_versions(name)
+        return adapters_pb2.ListAdapterVersionsResponse(
+            versions=map(convert.adapter_version_of, versions)
+        )
+
+    @rpc
     async def DeleteAdapter(self, message: Any, call: Call) -> Any:
         name = convert.adapter_name("name", message.name)
         _require_existing(call, Action.UPLOAD, name)

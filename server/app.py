@@ -29,10 +29,11 @@ from server.adapter_service import AdapterService
 from server.config import ServerConfig
 from server.convert import MAX_CHUNK_BYTES
 from server.generation_service import GenerationService
+from server.grpc_metrics import GrpcMetrics
 from server.health import Health
 from server.http import build_app
 from server.http_access import guard
-from server.metrics import Gauges, Metrics
+from server.metrics import Metrics
 from server.model_service import ModelService
 from server.tls import Certificates
 from server.tracing import Tracing
@@ -95,10 +96,12 @@ class Server:
         self._config = config
         max_bytes = int(config.clients.max_message_mib * 2**20) + ENVELOPE_BYTES
         options = [*GRPC_OPTIONS, ("grpc.max_receive_message_length", max_bytes)]
-        self._grpc = grpc.aio.server(options=options)
+        interceptors = [GrpcMetrics(edge.registry)]
+        self._grpc = grpc.aio.server(interceptors=interceptors, options=options)
         wants_certificate = config.tls.tls_client_ca is not None
         guards = [guard(edge.gate, wants_certificate=wants_certificate)]
-        self._http = web.AppRunner(build_app(runtime, edge.registry, guards), access_log=None)
+        app = build_app(runtime, edge, guards, vllm_metrics=config.vllm_metrics)
+        self._http = web.AppRunner(app, access_log=None)
         self._stop = asyncio.Event()
         self._drain = True
         self.grpc_port = 0
@@ -106,11 +109,11 @@ class Server:
 
     async def __aenter__(self) -> Server:
         runtime, edge, server = self._runtime, self._edge, self._grpc
-        edge.registry.register(Gauges(runtime, edge.label))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationService(
                 runtime,
                 edge.gate,
+                edge,
                 log_prompts=self._config.log_prompts,
                 tracing=self._edge.tracing,
             ),

@@ -105,6 +105,10 @@ class ServerConfig:
     max_adapter_labels: int = setting(
         100, "adapters with metrics under their own name; the others share `_other`"
     )
+    vllm_metrics: bool = setting(
+        False,
+        "also serve /metrics/vllm: what gateways that route to vLLM read, under vLLM's names",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "how much to log, on stderr"
     )

@@ -18,6 +18,7 @@ from kasa.v1 import adapters_pb2, generation_pb2, model_pb2
 from kasa_runtime.errors import InvalidRequest
 from kasa_runtime.types import (
     AdapterInfo,
+    AdapterVersion,
     ChatMessage,
     GenerationRequest,
     ManifestFile,
@@ -239,10 +240,6 @@ def _logprobs(entry: TokenLogprobs) -> generation_pb2.TokenLogprobs:
 
 
 def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
-    created = None
-    if info.create_time:
-        created = Timestamp()
-        created.FromMicroseconds(round(info.create_time * 1e6))
     readable = bool(info.rank)
     return adapters_pb2.Adapter(
         name=info.name,
@@ -255,12 +252,33 @@ def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         base_fingerprint=info.base_fingerprint,
         state=_enum(adapters_pb2.AdapterState, info.state),
         size_bytes=info.size_bytes,
-        create_time=created,
+        create_time=_timestamp(info.create_time),
         in_flight=info.in_flight,
         reason=info.reason,
         tier=_enum(adapters_pb2.AdapterTier, info.tier),
         pinned=info.pinned,
     )
+
+
+def adapter_version_of(version: AdapterVersion) -> adapters_pb2.AdapterVersion:
+    return adapters_pb2.AdapterVersion(
+        version=version.version,
+        current=version.current,
+        size_bytes=version.size_bytes,
+        create_time=_timestamp(version.create_time),
+        state=_enum(adapters_pb2.AdapterState, version.state),
+        tier=_enum(adapters_pb2.AdapterTier, version.tier),
+        in_flight=version.in_flight,
+    )
+
+
+def _timestamp(seconds: float) -> Timestamp | None:
+    """Seconds since the epoch; 0 is not known."""
+    if not seconds:
+        return None
+    timestamp = Timestamp()
+    timestamp.FromMicroseconds(round(seconds * 1e6))
+    return timestamp
 
 
 def _truncation(info: AdapterInfo) -> adapters_pb2.Truncation:

@@ -13,6 +13,7 @@ from kasa_runtime.types import FinishReason, GenerationRequest, TokenChunk
 from server import convert, logs
 from server.access import Gate
 from server.chunks import coalesced, merge_chunks
+from server.metrics import Metrics
 from server.rpc import Call, rpc
 from server.status import DeadlineExpired
 from server.tracing import Tracing
@@ -27,20 +28,27 @@ class GenerationService:
         self,
         runtime: Runtime,
         gate: Gate,
+        metrics: Metrics,
         *,
         log_prompts: bool = False,
         tracing: Tracing | None = None,
     ) -> None:
         self._runtime = runtime
+        self._metrics = metrics
         self._log_prompts = log_prompts
         self._tracing = tracing
         self.gate = gate
 
     @rpc
     async def Generate(self, message: Any, call: Call) -> Any:
+        parts = []
         with self._traced(self._request(message, call), call) as request:
+            delivery = self._metrics.delivery(request.adapter, call.arrival_s)
             async with aclosing(coalesced(self._runtime.generate(request))) as chunks:
-                generation = merge_chunks([chunk async for chunk in chunks])
+                async for chunk in chunks:
+                    parts.append(chunk)
+                    delivery.wrote(chunk)
+            generation = merge_chunks(parts)
             _end(generation, call)
         return convert.generate_response(generation)
 
@@ -48,9 +56,11 @@ class GenerationService:
     async def GenerateStream(self, message: Any, call: Call) -> None:
         # Written, not yielded: a generator suspended in a yield would not see the cancellation.
         with self._traced(self._request(message, call), call) as request:
+            delivery = self._metrics.delivery(request.adapter, call.arrival_s)
             async with aclosing(coalesced(self._runtime.generate(request))) as chunks:
                 async for chunk in chunks:
                     await call.write(convert.stream_response(chunk))
+                    delivery.wrote(chunk)
                     _end(chunk, call)
 
     def _traced(

@@ -29,7 +29,7 @@ def check(
     address: str, name: str = "", timeout_s: float = 3.0, security: SecurityOptions | None = None
 ) -> str:
     """What is wrong, or ""."""
-    with open_channel(address, security or {}) as channel:
+    with open_channel(address, security or {}, options=[]) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=name)
         try:

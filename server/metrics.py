@@ -1,4 +1,8 @@
-"""Prometheus metrics: the runtime's events counted as they come, gauges read when they are scraped.
+"""Prometheus metrics: the runtime's events counted as they come. What is read when it is scraped
+is in `gauges.py`, RPCs are in `grpc_metrics.py`.
+
+Latencies that a client feels are taken where its bytes are written (`Delivery`); where the time
+went is told by the runtime. Observations of a traced call carry its trace id, as exemplars.
 
 The label `adapter` is bounded. The base model is `_base`; of the adapters that exist, the first
 `max_adapters` have their own name; all else, names that clients make up included, is `_other`.
@@ -6,17 +10,25 @@ The label `adapter` is bounded. The base model is `_base`; of the adapters that 
 
 from __future__ import annotations
 
+import time
 from asyncio import CancelledError
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
-from kasa_runtime.errors import Overloaded
+from kasa_runtime.errors import KasaError, Overloaded
 from kasa_runtime.errors import reason as reason_of
-from kasa_runtime.types import AdapterInfo, FinishReason, Mode, Observer, RuntimeStats
+from kasa_runtime.types import AdapterInfo, FinishReason, Mode, Observer, TokenChunk
+from server.trace_context import exemplar
 
 BASE_LABEL, OTHER_LABEL = "_base", "_other"
 MAX_REASONS = 32
@@ -35,6 +47,9 @@ REQUEST_BUCKETS = (
     *(20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 LOAD_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
+
+
+M = TypeVar("M", Counter, Histogram)
 
 
 class AdapterLabels:
@@ -69,23 +84,45 @@ class Metrics(Observer):
         self.registry = CollectorRegistry()
         self.label = AdapterLabels(max_adapters)
         self._reasons: set[str] = set()
+        self._by_adapter: list[Counter | Histogram] = []
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
         self._ttft = self._histogram(
             "kasa_time_to_first_token_seconds",
-            "From the arrival of a request to its first token",
+            "From the arrival of a request to when its first token was written to the client",
             FIRST_TOKEN_BUCKETS,
         )
         self._inter_token = self._histogram(
-            "kasa_inter_token_latency_seconds", "Between two tokens of a request", TOKEN_BUCKETS
+            "kasa_inter_token_latency_seconds",
+            "Between two tokens of a request, as they were written to the client",
+            TOKEN_BUCKETS,
         )
         self._e2e = self._histogram(
             "kasa_e2e_request_latency_seconds",
-            "From the arrival of a request to its end",
+            "From the arrival of a request to when its end was written to the client",
             REQUEST_BUCKETS,
         )
         self._queue = self._histogram(
             "kasa_request_queue_time_seconds",
-            "From the arrival of a request to when it is first scheduled",
+            "From the arrival of a request to its first step, less the wait for its adapter",
             FIRST_TOKEN_BUCKETS,
+        )
+        self._load_wait = self._histogram(
+            "kasa_request_adapter_load_time_seconds",
+            "How long a request waited for its adapter to be in the engine",
+            LOAD_BUCKETS,
+        )
+        self._prefill = self._histogram(
+            "kasa_request_prefill_time_seconds",
+            "From the first step of a request to its first token",
+            FIRST_TOKEN_BUCKETS,
+            None,
+        )
+        self._decode = self._histogram(
+            "kasa_request_decode_time_seconds",
+            "From the first token of a request to its last",
+            REQUEST_BUCKETS,
+            None,
         )
         self._prompt_tokens = self._counter("kasa_prompt_tokens", "Tokens of prompts", "adapter")
         self._generated = self._counter("kasa_generation_tokens", "Tokens generated", "adapter")
@@ -103,6 +140,11 @@ class Metrics(Observer):
         self._load = self._histogram(
             "kasa_adapter_load_seconds", "A stage of loading an adapter", LOAD_BUCKETS, "stage"
         )
+        self._load_failed = self._counter(
+            "kasa_adapter_load_failures",
+            "Adapters that could not be brought into memory or into the engine",
+            *("adapter", "reason"),
+        )
         self._merge = self._histogram(
             "kasa_merge_seconds", "Merging an adapter, or putting the base back", LOAD_BUCKETS, None
         )
@@ -115,41 +157,62 @@ class Metrics(Observer):
         self, name: str, help: str, buckets: Sequence[float], label: str | None = "adapter"
     ) -> Histogram:
         labels = [label] if label else []
-        return Histogram(name, help, labels, buckets=buckets, registry=self.registry)
+        histogram = Histogram(name, help, labels, buckets=buckets, registry=self.registry)
+        return self._kept(histogram, labels)
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
-        return Counter(name, help, labels, registry=self.registry)
+        return self._kept(Counter(name, help, labels, registry=self.registry), labels)
+
+    def _kept(self, metric: M, labels: Sequence[str]) -> M:
+        if "adapter" in labels:
+            self._by_adapter.append(metric)
+        return metric
+
+    def delivery(self, adapter: str, arrival_s: float) -> Delivery:
+        """Of a request for `adapter`, a name or name@version, that arrived at `arrival_s` on the
+        clock of `time.monotonic`."""
+        label = self.label(adapter.partition("@")[0])
+        return Delivery(
+            self._ttft.labels(label),
+            self._inter_token.labels(label),
+            self._e2e.labels(label),
+            arrival_s,
+        )
 
     def first_token(
-        self, adapter: str, *, queue_s: float, ttft_s: float, prompt_tokens: int
+        self, adapter: str, *, queue_s: float, load_s: float, ttft_s: float, prompt_tokens: int
     ) -> None:
-        label = self.label(adapter)
-        self._queue.labels(label).observe(queue_s)
-        self._ttft.labels(label).observe(ttft_s)
+        label, mark = self.label(adapter), exemplar()
+        self._queue.labels(label).observe(queue_s - load_s, mark)
+        if adapter:
+            self._load_wait.labels(label).observe(load_s, mark)
+        self._prefill.observe(ttft_s - queue_s, mark)
         self._prompt_tokens.labels(label).inc(prompt_tokens)
 
     def tokens(self, adapter: str, *, count: int, gap_s: float | None) -> None:
-        label = self.label(adapter)
-        self._generated.labels(label).inc(count)
-        if gap_s is not None:
-            gaps = self._inter_token.labels(label)
-            for _ in range(count):
-                gaps.observe(gap_s / count)
+        self._generated.labels(self.label(adapter)).inc(count)
 
-    def finished(self, adapter: str, mode: Mode, reason: FinishReason, *, total_s: float) -> None:
-        label = self.label(adapter)
-        self._requests.labels(label, mode.value, reason.value).inc()
-        self._e2e.labels(label).observe(total_s)
+    def finished(
+        self, adapter: str, mode: Mode, reason: FinishReason, *, decode_s: float, total_s: float
+    ) -> None:
+        label, mark = self.label(adapter), exemplar()
+        self._requests.labels(label, mode.value, reason.value).inc(exemplar=mark)
+        if decode_s:
+            self._decode.observe(decode_s, mark)
 
     def failed(self, adapter: str, error: BaseException) -> None:
         reason = FinishReason.CANCELLED.value if isinstance(error, CancelledError) else "error"
         label = self.label(adapter)
-        self._requests.labels(label, "unknown", reason).inc()
+        self._requests.labels(label, "unknown", reason).inc(exemplar=exemplar())
         if isinstance(error, Overloaded):
             self._refused.labels(label, reason_of(type(error)).lower()).inc()
 
     def adapter_loaded(self, adapter: str, *, stage: str, seconds: float) -> None:
         self._load.labels(stage).observe(seconds)
+
+    def adapter_load_failed(self, adapter: str, error: BaseException) -> None:
+        reason = reason_of(type(error)).lower() if isinstance(error, KasaError) else "unknown"
+        self._load_failed.labels(self.label(adapter), reason).inc()
 
     def merged(self, adapter: str, *, seconds: float) -> None:
         self._merge.observe(seconds)
@@ -163,103 +226,33 @@ class Metrics(Observer):
         self._rejected.labels(reason if reason in self._reasons else OTHER_LABEL).inc()
 
     def adapters_changed(self, adapters: Sequence[AdapterInfo]) -> None:
-        by_adapter = (self._ttft, self._inter_token, self._e2e, self._queue)
-        counters = (self._prompt_tokens, self._generated, self._requests, self._refused)
         for name in self.label.update(adapters):
-            for metric in (*by_adapter, *counters):
+            for metric in self._by_adapter:
                 metric.remove_by_labels({"adapter": name})
 
 
-class StatsSource(Protocol):
-    """What of a runtime the gauges are read from."""
+class Delivery:
+    """When the tokens of one request are written to its client."""
 
-    def stats(self) -> RuntimeStats: ...
-    def list_adapters(self) -> list[AdapterInfo]: ...
+    def __init__(
+        self, ttft: Histogram, inter_token: Histogram, e2e: Histogram, arrival_s: float
+    ) -> None:
+        self._ttft = ttft
+        self._inter_token = inter_token
+        self._e2e = e2e
+        self._arrival_s = arrival_s
+        self._last_token_s: float | None = None
 
-
-class Gauges(Collector):
-    """Asks the runtime when Prometheus asks us."""
-
-    def __init__(self, source: StatsSource, label: AdapterLabels) -> None:
-        self._source = source
-        self._label = label
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._source.stats()
-        yield GaugeMetricFamily(
-            "kasa_num_requests_running", "Requests in the batch", stats.num_requests_running
-        )
-        yield GaugeMetricFamily(
-            "kasa_num_requests_waiting", "Requests in the queue", stats.num_requests_waiting
-        )
-        yield GaugeMetricFamily(
-            "kasa_kv_cache_usage_ratio",
-            "Share of the KV cache in use, 0 to 1",
-            stats.kv_cache_usage,
-        )
-        yield CounterMetricFamily(
-            "kasa_prefix_cache_queries",
-            "Prompt tokens looked for in the KV cache",
-            stats.prefix_cache_queries,
-        )
-        yield CounterMetricFamily(
-            "kasa_prefix_cache_hits",
-            "Prompt tokens found in the KV cache",
-            stats.prefix_cache_hits,
-        )
-        yield self._resident(stats)
-        yield GaugeMetricFamily(
-            "kasa_adapter_host_cache_bytes",
-            "Weights of adapters in memory that are in no slot",
-            stats.host_tier_bytes,
-        )
-        yield self._merged(stats)
-        yield self._shares(stats)
-        yield self._info(self._source.list_adapters())
-
-    def _resident(self, stats: RuntimeStats) -> Metric:
-        metric = GaugeMetricFamily(
-            "kasa_adapter_resident",
-            "Adapters in memory, by where: slot, or host for those in no slot",
-            labels=["adapter", "tier"],
-        )
-        counts: dict[tuple[str, str], int] = {}
-        for name, tier in stats.resident_adapters.items():
-            key = (self._label(name), tier)
-            counts[key] = counts.get(key, 0) + 1
-        for labels, count in counts.items():
-            metric.add_metric(labels, count)
-        return metric
-
-    def _merged(self, stats: RuntimeStats) -> Metric:
-        metric = GaugeMetricFamily(
-            "kasa_adapter_merged", "The adapter that is inside the weights, 1", labels=["adapter"]
-        )
-        if stats.merged_adapter:
-            metric.add_metric([self._label(stats.merged_adapter.partition("@")[0])], 1)
-        return metric
-
-    def _shares(self, stats: RuntimeStats) -> Metric:
-        metric = GaugeMetricFamily(
-            "kasa_adapter_token_share_ratio",
-            "Share of the latest tokens, by which auto mode decides, 0 to 1",
-            labels=["adapter"],
-        )
-        shares: dict[str, float] = {}
-        for key, share in stats.token_shares.items():
-            label = self._label(key.partition("@")[0])
-            shares[label] = shares.get(label, 0.0) + share
-        for label, share in shares.items():
-            metric.add_metric([label], share)
-        return metric
-
-    def _info(self, adapters: list[AdapterInfo]) -> Metric:
-        labels = ["adapter", "version", "method", "rank", "rule", "state"]
-        metric = GaugeMetricFamily("kasa_adapter_info", "Adapters, always 1", labels=labels)
-        for info in adapters:
-            if self._label(info.name) == OTHER_LABEL:
-                continue
-            rank = str(info.rank)
-            values = [info.name, info.version, info.method, rank, info.truncation_rule, info.state]
-            metric.add_metric(values, 1)
-        return metric
+    def wrote(self, chunk: TokenChunk) -> None:
+        """A chunk of a stream was written; or it could have been, where a call answers with all of
+        them at once."""
+        now_s, mark, count = time.monotonic(), exemplar(), len(chunk.token_ids)
+        if count and self._last_token_s is None:
+            self._ttft.observe(now_s - self._arrival_s, mark)
+        elif count and self._last_token_s is not None:
+            for _ in range(count):
+                self._inter_token.observe((now_s - self._last_token_s) / count, mark)
+        if count:
+            self._last_token_s = now_s
+        if chunk.finish_reason is not None:
+            self._e2e.observe(now_s - self._arrival_s, mark)

@@ -43,8 +43,8 @@ class Call:
     caller: Caller = ANYONE
     client: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
-    arrival_s: float = field(default_factory=time.monotonic)
     begun: bool = False
+    arrival_s: float = field(default_factory=time.monotonic)
 
     async def begin(self) -> None:
         """Send the initial metadata if that was not done. Until then gRPC takes the call for one
@@ -74,8 +74,8 @@ Method = Callable[[Any, Any, Call], Awaitable[Any]]
 
 
 def rpc(method: Method) -> Callable[[Any, Any, Any], Awaitable[Any]]:
-    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call`;
-    `self.gate` says who may call."""
+    """Decorator of RPC methods `(self, request, call)`. Streams are written to `call`; `self.gate`
+    says who may call."""
 
     @functools.wraps(method)
     async def handle(self: Any, request: Any, context: Any) -> Any:

@@ -200,7 +200,11 @@ async def test_upload_replace_rollback_delete(live: Live, tiny_chat_model: Path)
     old = await live.client.generate("the fox", adapter=pinned, sampling=GREEDY)
     assert (new.adapter, old.adapter) == (f"up@{second.version}", pinned)
     assert new.token_ids != old.token_ids
+    kept = await live.client.list_adapter_versions("up")
+    assert [version.version for version in kept] == [second.version, first.version]
     assert (await live.client.rollback_adapter("up")).version == first.version
+    kept = await live.client.list_adapter_versions("up")
+    assert [version.version for version in kept if version.current] == [first.version]
     again = await live.client.generate("the fox", adapter="up", sampling=GREEDY)
     assert again.token_ids == old.token_ids
     await live.client.delete_adapter("up")

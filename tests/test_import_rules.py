@@ -14,9 +14,8 @@ ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "transformers", "vllm"}
 WIRE = {"grpc", "grpc_status", "grpc_health", "grpc_reflection", "google", "kasa"}
 SPEAKS_THE_WIRE = {
-    "kasa_runtime/client.py",
-    "kasa_runtime/client_security.py",
-    "kasa_runtime/client_wire.py",
+    f"kasa_runtime/{name}.py"
+    for name in ("client", "client_security", "client_upload", "client_wire")
 }
 # The commands are `main` programs: `kasa serve` starts the server, from the outside.
 SERVER_IMPORTERS = {"kasa_runtime/commands/serve.py"}
@@ -31,7 +30,16 @@ ALLOWED = {
 }
 COMMON = {"background", "errors", "types", "home", "base_model", "__version__"}
 # Programs and clients, which stand on top. All other modules beside runtime.py are part of it.
-ON_TOP = {"__init__", "cli", "client", "client_security", "client_wire", "commands"}
+ON_TOP = {
+    "__init__",
+    "cli",
+    "client",
+    "client_security",
+    "client_upload",
+    "client_wire",
+    "commands",
+    "loadtest",
+}
 
 
 def sources(*folders: str) -> list[str]:

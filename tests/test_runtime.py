@@ -126,15 +126,18 @@ class Recorder(Observer):
         self.events.append(("queued", adapter))
 
     def first_token(
-        self, adapter: str, *, queue_s: float, ttft_s: float, prompt_tokens: int
+        self, adapter: str, *, queue_s: float, load_s: float, ttft_s: float, prompt_tokens: int
     ) -> None:
-        assert 0 <= queue_s <= ttft_s
+        assert 0 <= load_s <= queue_s <= ttft_s
         self.events.append(("first_token", adapter, prompt_tokens))
 
     def tokens(self, adapter: str, *, count: int, gap_s: float | None) -> None:
         self.events.append(("tokens", adapter, count, gap_s is None))
 
-    def finished(self, adapter: str, mode: Mode, reason: FinishReason, *, total_s: float) -> None:
+    def finished(
+        self, adapter: str, mode: Mode, reason: FinishReason, *, decode_s: float, total_s: float
+    ) -> None:
+        assert 0 <= decode_s <= total_s
         self.events.append(("finished", adapter, mode, reason))
 
     def failed(self, adapter: str, error: BaseException) -> None:
@@ -940,6 +943,8 @@ async def test_closing_ends_requests_as_cancelled(
     tiny_chat_model: Path, adapters_dir: Path
 ) -> None:
     async with serving(tiny_chat_model, adapters_dir) as runtime:
+        for name in ("alpha", "beta"):  # so that none has ended before the last one runs
+            await runtime.load_adapter(name)
         requests = [
             ask(f"{i}", adapter=name, sampling=SamplingParams(ignore_eos=True))
             for i, name in enumerate(["", "alpha", "beta", "alpha"])

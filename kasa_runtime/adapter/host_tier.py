@@ -101,8 +101,12 @@ class HostTier:
 
 
 async def timed(observer: Observer, name: str, stage: str, work: Awaitable[T]) -> T:
-    """Await a stage of loading an adapter, and tell how long it took."""
+    """Await a stage of loading an adapter, and tell how long it took, or that it failed."""
     start = time.perf_counter()
-    result = await work
+    try:
+        result = await work
+    except Exception as error:
+        observer.adapter_load_failed(name, error)
+        raise
     observer.adapter_loaded(name, stage=stage, seconds=time.perf_counter() - start)
     return result

@@ -23,6 +23,7 @@ from kasa_runtime.adapter.residency import AdapterHost, Lease, Residency
 from kasa_runtime.adapter.store import AdapterStore, check_expected
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.adapter.upload import Upload, check_manifest
+from kasa_runtime.adapter.versions import StoredVersion
 from kasa_runtime.adapter.watcher import DirectoryWatcher
 from kasa_runtime.background import entered_in_background, in_background
 from kasa_runtime.errors import (
@@ -33,7 +34,14 @@ from kasa_runtime.errors import (
     InvalidRequest,
     KasaError,
 )
-from kasa_runtime.types import AdapterInfo, AdapterTier, Observer, UploadManifest
+from kasa_runtime.types import (
+    AdapterInfo,
+    AdapterState,
+    AdapterTier,
+    AdapterVersion,
+    Observer,
+    UploadManifest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +121,13 @@ class AdapterManager:
         `settled`."""
         await self._watcher.rescan(settled=settled)
 
+    async def versions(self, name: str) -> list[AdapterVersion]:
+        """What is kept of a name, latest first. Raises AdapterNotFound, AdapterQuarantined."""
+        check_name(name)
+        await self._resolve(name)
+        current, kept = await in_background(self.store.kept, name)
+        return [self._version(stored, current) for stored in reversed(kept)]
+
     def list(self) -> list[AdapterInfo]:
         """All adapters, by name; a name whose directory was refused has an entry more,
         quarantined."""
@@ -153,6 +168,10 @@ class AdapterManager:
         else:
             await self._with_version(spec, self._residency.prefetch)
         return await self.get(spec)
+
+    async def fetch(self, spec: str) -> None:
+        """Bring a version into the host tier, if it is in no slot. Raises as `lease`."""
+        await self._with_version(spec, self._residency.fetch)
 
     async def unload(self, spec: str) -> AdapterInfo:
         """Take a version out of the engine and of memory, with its last lease if it is held; its
@@ -321,6 +340,18 @@ class AdapterManager:
         if manifest.expected_version is not None:
             found = self.store.current_version(manifest.name)
             check_expected(manifest.name, found, manifest.expected_version)
+
+    def _version(self, stored: StoredVersion, current: str) -> AdapterVersion:
+        live = self._residency.live(AdapterInfo(stored.name, stored.version, AdapterState.READY))
+        return AdapterVersion(
+            stored.version,
+            stored.version == current,
+            stored.size_bytes,
+            stored.create_time,
+            live.state,
+            live.tier,
+            live.in_flight,
+        )
 
     async def _make_current(self, info: AdapterInfo) -> None:
         before = self._catalog.adopt(info)

@@ -1,6 +1,7 @@
 """Which adapters have a slot for good: those that are pinned, and the one that is merged.
 
-A pin is of a name: what the name stands for stays in its slot, whichever version that is.
+A pin is of a name: what the name stands for stays in its slot, whichever version that is. It can be
+evicted only while another version of the name is merged and there is no room for both.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ class Permanent:
         return name_of(key) in self.pinned and self._catalog.is_current(key)
 
     def __contains__(self, key: str) -> bool:
-        return key == self.merged or self.is_pinned(key)
+        return key == self.merged or (self.is_pinned(key) and not self._gives_way(key))
+
+    def _gives_way(self, key: str) -> bool:
+        is_other = self.merged not in (None, key) and name_of(self.merged or "") == name_of(key)
+        return is_other and len(self.pinned) + 1 >= self._max_slots
 
     def pin(self, name: str) -> bool:
         """Whether it was not pinned before. Raises CapacityExceeded if no slot would be left."""
@@ -64,18 +69,11 @@ class Permanent:
             self.changed()
 
     def require_others(self, resident: Iterable[str]) -> None:
-        """Raises CapacityExceeded if these keys have all slots, and for good."""
-        keys = sorted(resident)
-        if len(keys) < self._max_slots or not all(key in self for key in keys):
-            return
-        if len(keys) == 1:
+        """Raises CapacityExceeded if the merged one has the only slot."""
+        if self._max_slots == 1 and self.merged and self.merged in resident:
             raise CapacityExceeded(
-                f"{keys[0]} is merged and has the only slot; unmerge it or raise max_slots"
+                f"{self.merged} is merged and has the only slot; unmerge it or raise max_slots"
             )
-        raise CapacityExceeded(
-            f"all {len(keys)} slots are taken for good, by {', '.join(keys)}, which are merged or "
-            "pinned; unmerge or unload one, or raise max_slots"
-        )
 
     def _require_room(self, names: set[str]) -> None:
         if len(names) >= self._max_slots:

@@ -94,7 +94,7 @@ class Residency:
         self._resident: dict[str, Resident] = {}
         self._slot_freed = asyncio.Condition()
         self._waiting: deque[object] = deque()  # who waits for a slot, in order
-        self._leaving: dict[str, asyncio.Task[None]] = {}  # evicted, by those that load others
+        self._leaving: dict[str, tuple[Resident, asyncio.Task[None]]] = {}  # and what evicts them
         self._merging = asyncio.Lock()
         self._keeping: set[asyncio.Task[None]] = set()
 
@@ -130,11 +130,17 @@ class Residency:
                 self._try_load(info)
         resident = self._resident.get(key)
         if resident is None:
-            await self.host_tier.fetch(info, lambda: self._belongs_beside(key))
+            await self.fetch(info)
             return
         resident.retired = resident.retired and not self._catalog.is_current(key)
         resident.last_used = time.monotonic()
         await asyncio.shield(resident.loading)
+
+    async def fetch(self, info: AdapterInfo) -> None:
+        """Bring a version into the host tier, if it is in no slot. Raises as `lease`."""
+        key = key_of(info)
+        if self._belongs_beside(key):
+            await self.host_tier.fetch(info, lambda: self._belongs_beside(key))
 
     # --- pins -------------------------------------------------------------------------------------
 
@@ -173,7 +179,7 @@ class Residency:
                 async with wanted as lease:
                     before = self._permanent.merged
                     await finish(self._switch(lease))
-        await self.retire_if_replaced(before)
+        await self._no_longer_merged(before)
         return lease
 
     async def unmerge(self) -> None:
@@ -182,7 +188,14 @@ class Residency:
             if before is None:
                 return
             await finish(self._switch(None))
-        await self.retire_if_replaced(before)
+        await self._no_longer_merged(before)
+
+    async def _no_longer_merged(self, key: str | None) -> None:
+        """It leaves if it was replaced; its successor has room now, which it needs if pinned."""
+        if key is not None:
+            await self.retire_if_replaced(key)
+            if (info := self._catalog.current(name_of(key))) is not None:
+                self.follow_pin(info)
 
     # --- leaving ----------------------------------------------------------------------------------
 
@@ -194,8 +207,8 @@ class Residency:
             resident.retired = True
             await finish(self._settle(key, resident))
 
-    async def retire_if_replaced(self, key: str | None) -> None:
-        if key is not None and not self._catalog.is_current(key):
+    async def retire_if_replaced(self, key: str) -> None:
+        if not self._catalog.is_current(key):
             await self.retire(key)
 
     async def retire_replaced_of(self, name: str) -> None:
@@ -287,23 +300,13 @@ class Residency:
         is_full = len(self._resident) >= self._max_slots
         if is_full and not idle:
             return False
-        weights = self.host_tier.pop(key)  # before the other one needs a place there
         oldest = min(idle, key=lambda k: self._resident[k].last_used) if is_full else None
-        load = self._load(info, weights, oldest)
-        loading = asyncio.create_task(load, name=f"load {key}")
+        loading = asyncio.create_task(self._load(info, oldest), name=f"load {key}")
         if oldest is not None:
-            self._evicted(oldest, loading)
+            self._leaving[oldest] = self._resident.pop(oldest), loading
         is_deleted = info.name not in self._catalog  # since the request was admitted
         self._resident[key] = Resident(loading, retired=is_deleted)
         return True
-
-    def _evicted(self, key: str, by: asyncio.Task[None]) -> None:
-        """It goes to the host tier, and leaves the engine when its successor enters."""
-        resident = self._resident.pop(key)
-        if resident.weights is not None and self._catalog.is_current(key):
-            self.host_tier.put(resident.weights)
-        self._leaving[key] = by
-        by.add_done_callback(lambda _: self._leaving.pop(key))
 
     async def _unload(self, key: str) -> None:
         with suppress(EngineDead):  # then nothing is in it any more
@@ -313,20 +316,20 @@ class Residency:
 
     def _belongs_beside(self, key: str) -> bool:
         """Whether the host tier is the place for a version."""
-        return key not in self._resident and self._catalog.is_current(key)
+        in_engine = key in self._resident or key in self._leaving
+        return not in_engine and self._catalog.is_current(key)
 
     # --- inside: loading --------------------------------------------------------------------------
 
-    async def _load(
-        self, info: AdapterInfo, weights: AdapterWeights | None, evicted: str | None
-    ) -> None:
-        """`weights`: if they were in the host tier."""
+    async def _load(self, info: AdapterInfo, evicted: str | None) -> None:
+        """The one that is evicted leaves when this one enters, by the same change."""
         key = key_of(info)
         resident = self._resident[key]
         try:
-            if key in self._leaving:  # evicted a moment ago
-                await asyncio.wait([self._leaving[key]])
-            resident.weights = weights = weights or await self.host_tier.read(info)
+            if key in self._leaving:
+                await asyncio.wait([self._leaving[key][1]])
+            weights = self.host_tier.pop(key) or await self.host_tier.read(info)
+            resident.weights = weights
             tails = in_background(self._loader.warm_tails, weights)
             await timed(self._observer, info.name, "tail", tails)
             loading = self._host.load_adapter(weights, instead_of=evicted)
@@ -338,8 +341,16 @@ class Residency:
                     await finish(self._host.unload_adapter(evicted))
             raise
         finally:
+            if evicted is not None:
+                self._left(evicted)
             resident.ready = True
             await self._settle(key, resident)
+
+    def _left(self, key: str) -> None:
+        """An evicted one goes to the host tier."""
+        resident, _ = self._leaving.pop(key)
+        if resident.weights is not None and self._catalog.is_current(key):
+            self.host_tier.put(resident.weights)
 
     async def _keep(self, info: AdapterInfo) -> None:
         """Load a version of a pinned name, after which it stays."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kasa_runtime.adapter.checkpoint import FILES, REQUIRED_FILES
@@ -108,6 +108,21 @@ class AdapterStore:
         """Oldest first."""
         record = self._records.get(name)
         return record.versions if record else ()
+
+    def kept(self, name: str) -> tuple[str, list[StoredVersion]]:
+        """The current version's digest, and what `version` finds, oldest first. Raises
+        AdapterNotFound, AdapterInvalid."""
+        record, in_place = self._records.get(name), self._in_place.get(name)
+        versions = record.versions if record else ()
+        if in_place is not None and in_place.version not in versions:
+            versions = (*versions, in_place.version)
+        if not versions:
+            raise AdapterNotFound(self._missing(name), name=name)
+        found = []
+        for version in versions:
+            with suppress(AdapterNotFound):  # retention or deletion was quicker
+                found.append(self.held(name, version))
+        return record.current if record else versions[-1], found
 
     def scan(self) -> dict[str, str]:
         """The adapters that people put into the directory, by name, each with a cheap signature of

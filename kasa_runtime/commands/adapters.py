@@ -19,7 +19,7 @@ from kasa_runtime.commands.output import (
     table_console,
 )
 from kasa_runtime.commands.server_address import address_option, connect
-from kasa_runtime.types import AdapterInfo, AdapterState
+from kasa_runtime.types import AdapterInfo, AdapterState, AdapterVersion
 
 COLORS = {
     AdapterState.RESIDENT: "green",
@@ -62,6 +62,20 @@ def show(name: str, address: str, as_json: bool) -> None:
     """Show one adapter: NAME or NAME@VERSION."""
     with connect(address) as client:
         _print(client.get_adapter(name), as_json)
+
+
+@command.command()
+@name_argument
+@json_option
+@address_option
+def versions(name: str, address: str, as_json: bool) -> None:
+    """List the versions of an adapter that NAME@VERSION and rollback can reach, latest first."""
+    with connect(address) as client:
+        found = client.list_adapter_versions(name)
+    if as_json:
+        print_json([asdict(version) for version in found])
+    else:
+        _print_versions(found)
 
 
 @command.command()
@@ -200,6 +214,26 @@ def _print_table(infos: list[AdapterInfo]) -> None:
     for info in infos:
         if info.reason:
             console.print(f"{info.name}: {escape(info.reason)}", style="red")
+
+
+def _print_versions(found: list[AdapterVersion]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "version", "created", "state", "tier", box=None, pad_edge=False)
+    for column in ("size", "in flight"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for version in found:
+        table.add_row(
+            "current" if version.current else "",
+            version.version[:VERSION_DIGITS],
+            _time(version.create_time),
+            Text(version.state, COLORS.get(version.state, "default")),
+            version.tier,
+            _size(version.size_bytes),
+            str(version.in_flight),
+        )
+    table_console().print(table)
 
 
 def _size(num_bytes: int) -> str:

@@ -1,39 +1,23 @@
-"""`kasa generate`: one prompt to a running server. Sampling flags are SamplingParams' fields."""
+"""`kasa generate`: one prompt to a running server."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kasa_runtime.commands.completion import adapter_names
-from kasa_runtime.commands.flags import build, options
 from kasa_runtime.commands.output import json_option
+from kasa_runtime.commands.sampling import sampling_of, sampling_options
 from kasa_runtime.commands.server_address import address_option, connect
-from kasa_runtime.types import ChatMessage, SamplingParams, TokenChunk
+from kasa_runtime.types import ChatMessage, TokenChunk
 
 if TYPE_CHECKING:
     from kasa_runtime.client import Client
-
-HELP: dict[str, dict[str, Any]] = {
-    "max_tokens": {"default": 256, "help": "most tokens to generate", "show_default": True},
-    "min_tokens": {"help": "fewest tokens to generate"},
-    "temperature": {"help": "0: greedy"},
-    "top_p": {"help": "draw from the tokens that make up this probability"},
-    "top_k": {"help": "draw from this many most likely tokens; 0: all"},
-    "min_p": {"help": "draw from tokens this likely, relative to the most likely"},
-    "repetition_penalty": {"help": "above 1: fewer repetitions of prompt and output"},
-    "presence_penalty": {"help": "above 0: fewer tokens that the output has"},
-    "frequency_penalty": {"help": "above 0: the same, times how often it has them"},
-    "seed": {"help": "make the draw repeatable"},
-    "stop": {"help": "end at this text; may be given several times"},
-    "ignore_eos": {"help": "go on after the end of sequence"},
-    "logprobs": {"help": "log-probabilities of this many tokens, with --json"},
-}
 
 
 @click.command("generate", context_settings={"max_content_width": 100})
@@ -46,7 +30,11 @@ HELP: dict[str, dict[str, Any]] = {
 )
 @click.option("--chat", is_flag=True, help="send the prompt as a user's message")
 @click.option("--system", default="", help="with --chat: a system message before it")
-@click.option("--stream", is_flag=True, help="print the text as it comes")
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="print the text as it comes; on a terminal that is so by default",
+)
 @json_option
 @click.option("--timeout", "timeout_s", type=float, help="in seconds; none by default")
 @click.option(
@@ -55,14 +43,14 @@ HELP: dict[str, dict[str, Any]] = {
     help="share cached beginnings of prompts only with requests that say the same",
 )
 @address_option
-@options(SamplingParams, **HELP)
+@sampling_options
 def command(
     prompt: str,
     *,
     adapter: str,
     chat: bool,
     system: str,
-    stream: bool,
+    stream: bool | None,
     as_json: bool,
     timeout_s: float | None,
     cache_salt: str,
@@ -77,15 +65,31 @@ def command(
     request: dict[str, Any] = {"messages": _messages(system, text)} if chat else {"prompt": text}
     request |= {
         "adapter": adapter,
-        "sampling": build(SamplingParams, sampling),
+        "sampling": sampling_of(sampling),
         "timeout_s": timeout_s,
         "cache_salt": cache_salt,
     }
+    if stream is None:
+        stream = sys.stdout.isatty() and not as_json
     with connect(address) as client:
-        for chunk in _chunks(client, request, stream=stream):
-            click.echo(_line(chunk) if as_json else chunk.text, nl=as_json)
-    if not as_json:
-        click.echo()
+        chunks = _chunks(client, request, stream=stream)
+        if as_json:
+            for chunk in chunks:
+                click.echo(json.dumps(asdict(chunk), ensure_ascii=False))
+        else:
+            _print_text(chunks)
+
+
+def _print_text(chunks: Iterable[TokenChunk]) -> None:
+    """As it comes; the line is ended whatever happens, so that an error has one of its own."""
+    began = False
+    try:
+        for chunk in chunks:
+            began = True
+            click.echo(chunk.text, nl=False)
+    finally:
+        if began:
+            click.echo()
 
 
 def _messages(system: str, text: str) -> list[ChatMessage]:
@@ -95,7 +99,3 @@ def _messages(system: str, text: str) -> list[ChatMessage]:
 
 def _chunks(client: Client, request: dict[str, Any], *, stream: bool) -> Iterator[TokenChunk]:
     return client.stream(**request) if stream else iter([client.generate(**request)])
-
-
-def _line(chunk: TokenChunk) -> str:
-    return json.dumps(asdict(chunk), ensure_ascii=False)

@@ -58,7 +58,8 @@ def security_of(context: click.Context) -> Any:
 
 
 def connect(address: str, context: click.Context | None = None) -> Client:
-    """A client of the server at an address. `context`: of the command, by default the current."""
+    """A client of the server at an address. Where none answers, people are told at once. `context`:
+    of the command, by default the current."""
     from kasa_runtime.client import Client  # here: `--help` does not need gRPC
 
-    return Client(address, **security_of(context or click.get_current_context()))
+    return Client(address, max_attempts=1, **security_of(context or click.get_current_context()))

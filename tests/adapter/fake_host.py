@@ -29,14 +29,14 @@ class FakeHost:
 
     async def load_adapter(self, adapter: AdapterWeights, instead_of: str | None = None) -> None:
         assert adapter.key not in self.loaded
-        staying = self.loaded.keys() - {instead_of}
-        assert len(staying) < self.max_slots
+        assert len(self.loaded.keys() - {instead_of}) < self.max_slots
         if instead_of is not None:
             assert instead_of in self.loaded
             assert instead_of != self.merged
             await self._act("unload", instead_of)
         await self._act("load", adapter.key)
-        self.loaded = {key: self.loaded[key] for key in staying} | {adapter.key: adapter}
+        self.loaded.pop(instead_of or "", None)
+        self.loaded[adapter.key] = adapter
 
     async def unload_adapter(self, key: str) -> None:
         assert key in self.loaded

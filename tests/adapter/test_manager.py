@@ -35,6 +35,7 @@ from kasa_runtime.errors import (
 from kasa_runtime.types import (
     AdapterMethod,
     AdapterState,
+    AdapterTier,
     ManifestFile,
     UploadManifest,
 )
@@ -511,6 +512,50 @@ class TestRollback:
                 await bench.manager.rollback("a")
             assert (await bench.manager.get("a")).version == two
             assert bench.store.current("a").version == two
+
+
+class TestVersions:
+    async def test_are_what_can_be_rolled_back_to_latest_first(self, start, put):
+        versions = [put("a", 1)]
+        async with start() as bench:
+            for seed in (2, 3):
+                versions.append(put("a", seed))
+                await bench.manager.rescan(settled=True)
+            found = await bench.manager.versions("a")
+            assert [version.version for version in found] == versions[::-1]
+            assert [version.current for version in found] == [True, False, False]
+            for version in found:
+                info = await bench.manager.get(f"a@{version.version}")
+                assert version.size_bytes == info.size_bytes > 0
+                assert version.create_time == info.create_time > 0
+            await bench.manager.rollback("a")
+            found = await bench.manager.versions("a")
+            assert [version.version for version in found if version.current] == [versions[1]]
+            assert len(found) == 3
+
+    async def test_say_where_they_are_and_who_holds_them(self, start, put):
+        one = put("a", 1)
+        async with start() as bench:
+            two = put("a", 2)
+            await bench.manager.rescan(settled=True)
+            async with bench.manager.lease(f"a@{one}"):
+                newer, older = await bench.manager.versions("a")
+            assert (newer.version, newer.state, newer.in_flight) == (two, AdapterState.READY, 0)
+            assert (newer.tier, older.tier) == (AdapterTier.DISK, AdapterTier.SLOT)
+            assert (older.version, older.state) == (one, AdapterState.RESIDENT)
+            assert older.in_flight == 1
+
+    async def test_of_what_is_not_served(self, start, put, root):
+        put("a")
+        put("broken")
+        (root / "broken" / WEIGHTS_FILE).write_bytes(b"torn")
+        async with start() as bench:
+            with pytest.raises(AdapterNotFound, match=r"there are \['a'\]"):
+                await bench.manager.versions("b")
+            with pytest.raises(AdapterQuarantined):
+                await bench.manager.versions("broken")
+            with pytest.raises(InvalidRequest):
+                await bench.manager.versions("a@0123")
 
 
 class TestDelete:

@@ -281,16 +281,16 @@ class TestMerge:
             await (await c.holding()).end()
             await b.end()
 
-    async def test_of_a_replaced_version_beside_the_pinned_one_tells_others(self, start, abc, put):
-        """Both stay for good, and have both slots."""
+    async def test_leaves_a_slot_to_others_while_its_old_version_is_merged(self, start, abc, put):
+        """With two slots, one for the merged version and one for all else."""
         async with start(max_slots=2) as bench:
             await bench.manager.load("a", pin=True)
             await bench.manager.merge("a")
-            put("a", 9)
+            put("a", 7)
             await bench.manager.rescan(settled=True)
-            await until(lambda: len(bench.host.loaded) == 2)
-            await until(lambda: not bench.manager._residency._keeping)
-            with pytest.raises(CapacityExceeded, match="all 2 slots are taken for good"):
-                await use(bench, "b")
+            async with asyncio.timeout(10):
+                await use(bench, *"bacb")
             await bench.manager.unmerge()
-            await use(bench, "b")
+            await until(lambda: bench.tiers()["a"] is AdapterTier.SLOT)
+            await use(bench, *"bcb")
+            assert bench.tiers()["a"] is AdapterTier.SLOT

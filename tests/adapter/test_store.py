@@ -228,6 +228,24 @@ class TestVersionLookup:
             store.version("a", versions[0])
 
 
+class TestKept:
+    def test_is_what_versions_are_found_among(self, store):
+        published = [publish(store, "a", content) for content in ("1", "2", "3", "4")]
+        current, kept = store.kept("a")
+        assert (current, kept) == (published[-1].version, published[1:])
+        assert all(store.version("a", each.version) == each for each in kept)
+
+    def test_leaves_out_what_was_removed_meanwhile(self, store):
+        one, two = publish(store, "a", "1"), publish(store, "a", "2")
+        shutil.rmtree(one.directory)
+        assert store.kept("a") == (two.version, [two])
+
+    def test_of_an_unknown_name(self, store):
+        publish(store, "a", "1")
+        with pytest.raises(AdapterNotFound, match=r"there are \['a'\]"):
+            store.kept("b")
+
+
 class TestSetCurrent:
     def test_what_a_new_version_replaces_is_kept_and_comes_before_it(self, store):
         oldest, *_ = (publish(store, "a", content) for content in "one")  # three versions
@@ -416,6 +434,10 @@ class TestReadOnly:
         with caplog.at_level(logging.WARNING):
             AdapterStore(root)
         assert "serving it read-only" in caplog.text
+
+    def test_what_is_served_in_place_is_the_one_version(self, frozen):
+        stored = frozen.take_in("a", accept)
+        assert frozen.kept("a") == (stored.version, [stored])
 
     def test_serves_what_lies_there_in_place(self, frozen, root):
         stored = frozen.take_in("a", accept)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from engine.making import config, few_blocks
 
-from kasa_runtime.errors import AdapterInUse, AdapterNotFound
+from kasa_runtime.errors import AdapterInUse, AdapterNotFound, CapacityExceeded
 from kasa_runtime.merging import MergeConfig
 from kasa_runtime.runtime import Runtime, RuntimeConfig
 from kasa_runtime.types import (
@@ -224,6 +224,7 @@ class Run:
             Kind.ROLLBACK: self._rollback,
             Kind.DELETE: self._delete,
             Kind.LOAD: lambda a: self._runtime.load_adapter(a.name),
+            Kind.PIN: lambda a: self._runtime.load_adapter(a.name, pin=True),
             Kind.UNLOAD: lambda a: self._runtime.unload_adapter(a.name),
             Kind.MERGE: lambda a: self._runtime.merge_adapter(a.name),
             Kind.UNMERGE: lambda _: self._runtime.unmerge_adapter(),
@@ -231,7 +232,7 @@ class Run:
         try:
             await changes[action.kind](action)
             self._counts[action.kind] += 1
-        except (AdapterNotFound, AdapterInUse) as error:
+        except (AdapterNotFound, AdapterInUse, CapacityExceeded) as error:  # pins leave one slot
             self._counts[f"{action.kind}: {type(error).__name__}"] += 1
         except Exception as error:  # whatever it is, it is a finding
             self._wrong.append(f"{action}: {error!r}")

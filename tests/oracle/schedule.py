@@ -26,6 +26,7 @@ class Kind(StrEnum):
     ROLLBACK = "rollback"
     DELETE = "delete"
     LOAD = "load"
+    PIN = "pin"  # unloading ends it
     UNLOAD = "unload"
     MERGE = "merge"
     UNMERGE = "unmerge"
@@ -55,6 +56,7 @@ WEIGHTS: dict[Kind, float] = {
     Kind.ROLLBACK: 3,
     Kind.DELETE: 1.5,
     Kind.LOAD: 2,
+    Kind.PIN: 1,
     Kind.UNLOAD: 2,
     Kind.MERGE: 2.5,
     Kind.UNMERGE: 1.5,

@@ -22,6 +22,7 @@ from kasa_runtime.types import (
     AdapterMethod,
     AdapterState,
     AdapterTier,
+    AdapterVersion,
     ChatMessage,
     FinishReason,
     GenerationRequest,
@@ -106,6 +107,7 @@ class FakeRuntime:
         self.ended = asyncio.Event()
         self.drained_s: float | None = None
         self.closed = False
+        self.answer = "hello there"  # to messages and token ids
         self.merged = ""
         self.uploaded: dict[str, bytes] = {}
         self._adapters = {info.name: info for info in (STYLE, BROKEN)}
@@ -141,7 +143,7 @@ class FakeRuntime:
     async def _chunks(
         self, request: GenerationRequest, info: AdapterInfo | None
     ) -> AsyncIterator[TokenChunk]:
-        words = (request.prompt or "hello there").split()[: request.sampling.max_tokens]
+        words = (request.prompt or self.answer).split()[: request.sampling.max_tokens]
         reason = FinishReason.STOP
         for index, word in enumerate(words):
             await asyncio.sleep(self.delay_s)
@@ -173,6 +175,11 @@ class FakeRuntime:
 
     async def get_adapter(self, name: str) -> AdapterInfo:
         return self.find(name)
+
+    async def list_adapter_versions(self, name: str) -> list[AdapterVersion]:
+        info = self.find(name)
+        current = AdapterVersion(info.version, True, 4096, 1.5, info.state, info.tier, 2)
+        return [current, AdapterVersion("0ld", False, 1024, 0.5)]
 
     def find(self, name: str) -> AdapterInfo:
         info = self._adapters.get(name.partition("@")[0])
@@ -225,4 +232,11 @@ class FakeRuntime:
             if info.tier is not AdapterTier.DISK
         }
         shares = {"": 0.25, "style@abc123": 0.5, "style@def456": 0.25}
-        return RuntimeStats(len(self.running), 0, 0.25, 30, 20, self.merged, resident, shares, 512)
+        return RuntimeStats(
+            *(len(self.running), 0, 0.25, 30, 20, self.merged, resident, shares, 512),
+            num_slots=4,
+            num_steps=7,
+            num_preemptions=1,
+            running_adapters={"style": 2},
+            waiting_adapters={"": 1, "unknown": 2, "warm": 1},
+        )

@@ -189,9 +189,22 @@ async def test_load_merge_unmerge_rollback_delete(served):
     assert error.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_delete_and_rollback_take_no_version_in_the_name(served, details):
+async def test_versions(served):
+    request = pb.ListAdapterVersionsRequest(name="style")
+    current, older = (await served.adapters.ListAdapterVersions(request)).versions
+    assert (current.version, current.current, current.in_flight) == ("abc123", True, 2)
+    assert (current.state, current.tier) == (pb.ADAPTER_STATE_READY, pb.ADAPTER_TIER_DISK)
+    assert (older.version, older.current, older.size_bytes) == ("0ld", False, 1024)
+    assert older.create_time.ToMicroseconds() == 500_000
+    request = pb.ListAdapterVersionsRequest(name="nobody")
+    error = await refused(served.adapters.ListAdapterVersions(request))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_requests_about_all_versions_take_none_in_the_name(served, details):
     for method, request in (
         ("DeleteAdapter", pb.DeleteAdapterRequest(name="style@abc123")),
+        ("ListAdapterVersions", pb.ListAdapterVersionsRequest(name="style@abc123")),
         ("RollbackAdapter", pb.RollbackAdapterRequest(name="style@abc123")),
     ):
         error = await refused(getattr(served.adapters, method)(request))

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
+from conftest import CONFIG
+from fake_runtime import MODEL, FakeRuntime
 
 from kasa_runtime import errors
 from kasa_runtime.client import AsyncClient, Client
@@ -16,6 +19,7 @@ from kasa_runtime.types import (
     SamplingParams,
     TokenChunk,
 )
+from server.app import Edge, Server
 
 
 @pytest.fixture
@@ -35,11 +39,11 @@ def adapter_dir(tmp_path):
     return directory
 
 
-async def in_thread(served, use):
+async def in_thread(served, use, **options):
     """What `use` returns when it is given a `Client`."""
 
     def run():
-        with Client(served.address) as client:
+        with Client(served.address, **options) as client:
             return use(client)
 
     return await asyncio.to_thread(run)
@@ -134,6 +138,37 @@ async def test_directory_that_is_no_adapter_is_not_sent(client, tmp_path):
         await client.upload(tmp_path)
 
 
+async def test_file_that_cannot_be_read_is_no_adapter(client, adapter_dir):
+    weights = adapter_dir / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(
+        "/proc/self/mem"
+    )  # a file that nobody, root neither, can read from its start
+    with pytest.raises(
+        errors.AdapterInvalid, match=r"adapter_model.* cannot be read: Input/output"
+    ):
+        await client.upload(adapter_dir)
+
+
+async def test_file_that_goes_while_others_are_sent_is_no_adapter(served, client, adapter_dir):
+    def remove(sent, size):
+        (adapter_dir / "kasa_meta.json").unlink(missing_ok=True)
+
+    with pytest.raises(errors.AdapterInvalid, match=r"kasa_meta.json cannot be read: No such file"):
+        await client.upload(adapter_dir, progress=remove)
+    assert served.runtime.uploaded == {}
+
+
+async def test_what_progress_raises_ends_the_upload(served, client, adapter_dir):
+    def stop(sent, size):
+        if sent == size:
+            raise ZeroDivisionError("enough")
+
+    with pytest.raises(ZeroDivisionError, match="enough"):
+        await client.upload(adapter_dir, progress=stop)
+    assert served.runtime.uploaded == {}
+
+
 async def test_adapter_methods(client):
     loaded = await client.load_adapter("style")
     assert (loaded.state, loaded.tier) == (AdapterState.RESIDENT, AdapterTier.SLOT)
@@ -167,6 +202,12 @@ async def test_adapter_methods_of_the_sync_client(served):
     assert await in_thread(served, use) == states
 
 
+async def test_versions_survive_the_wire(served, client):
+    versions = await client.list_adapter_versions("style")
+    assert versions == await served.runtime.list_adapter_versions("style")
+    assert versions == await in_thread(served, lambda c: c.list_adapter_versions("style"))
+
+
 async def test_tokenize(client):
     assert await client.tokenize("a bc") == [1, 2]
     assert await client.tokenize(messages=[ChatMessage("user", "abc")]) == [3]
@@ -184,8 +225,9 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-async def test_errors_come_back_as_they_were_raised(served, client, error):
+async def test_errors_come_back_as_they_were_raised(served, error):
     served.runtime.error = error
+    client = AsyncClient(served.address, max_attempts=1)
     with pytest.raises(type(error)) as caught:
         await client.generate("one")
     assert str(caught.value) == str(error)
@@ -193,7 +235,8 @@ async def test_errors_come_back_as_they_were_raised(served, client, error):
     with pytest.raises(type(error)):
         await anext(client.stream("one"))
     with pytest.raises(type(error)):
-        await in_thread(served, lambda c: list(c.stream("one")))
+        await in_thread(served, lambda c: list(c.stream("one")), max_attempts=1)
+    await client.close()
 
 
 async def test_deadline_is_a_timeout_error(served, client):
@@ -208,6 +251,124 @@ async def test_exactly_one_input(client, inputs):
         await client.generate(**inputs)
 
 
-def test_no_server_says_what_to_do():
-    with Client("127.0.0.1:1") as client, pytest.raises(errors.KasaError, match="kasa serve"):
-        client.get_model()
+def fail_at_first(served, num_failures, error):
+    """Have the first generations fail, before their first token."""
+    generate, tries = served.runtime.generate, []
+
+    def generate_later(request):
+        tries.append(request.request_id)
+        served.runtime.error = error if len(tries) <= num_failures else None
+        return generate(request)
+
+    served.runtime.generate = generate_later
+    return tries
+
+
+SHUTTING_DOWN = errors.ShuttingDown("draining", retry_after_s=1.0)
+
+
+async def test_generations_are_tried_again_before_their_first_token(served, client):
+    tries = fail_at_first(served, 2, SHUTTING_DOWN)
+    assert (await client.generate("one two", request_id="mine")).text == "one two "
+    assert [each.partition("/")[0] for each in tries] == ["mine"] * 3
+    tries.clear()
+    assert "".join([chunk.text async for chunk in client.stream("one two")]) == "one two "
+    assert len(tries) == 3
+    tries.clear()
+    assert (await in_thread(served, lambda c: c.generate("one two"))).text == "one two "
+    tries.clear()
+    chunks = await in_thread(served, lambda c: list(c.stream("one two")))
+    assert ("".join(chunk.text for chunk in chunks), len(tries)) == ("one two ", 3)
+
+
+async def test_no_generation_is_tried_again_after_its_first_token(served, client):
+    generate, tries = served.runtime.generate, []
+
+    async def break_off(request):
+        tries.append(request)
+        async for chunk in generate(request):
+            yield chunk
+            await asyncio.sleep(0.05)  # so that it was sent
+            raise errors.EngineDead("it has ended")
+
+    served.runtime.generate = break_off
+    stream = client.stream("one two")
+    assert (await anext(stream)).text == "one "
+    with pytest.raises(errors.EngineDead):
+        await anext(stream)
+    assert len(tries) == 1
+
+
+async def test_not_tried_again_are_other_errors_and_what_must_not_happen_twice(served, client):
+    tries = fail_at_first(served, 1, errors.Overloaded("the queue is full", retry_after_s=1))
+    with pytest.raises(errors.Overloaded):
+        await client.generate("one")
+    assert len(tries) == 1
+    deleted = []
+
+    async def delete(name):
+        deleted.append(name)
+        raise SHUTTING_DOWN
+
+    served.runtime.delete_adapter = delete
+    with pytest.raises(errors.ShuttingDown):
+        await client.delete_adapter("style")
+    assert deleted == ["style"]
+
+
+async def test_attempts_have_a_limit(served):
+    tries = fail_at_first(served, 5, SHUTTING_DOWN)
+    async with AsyncClient(served.address, max_attempts=1) as client:
+        with pytest.raises(errors.ShuttingDown):
+            await client.generate("one")
+        assert len(tries) == 1
+    async with AsyncClient(served.address, max_attempts=3) as client:
+        with pytest.raises(errors.ShuttingDown):
+            await client.generate("one")
+        assert len(tries) == 4
+    for wrong in (0, 6):
+        with pytest.raises(errors.ConfigError, match="must be 1 to 5"):
+            Client(served.address, max_attempts=wrong)
+
+
+async def test_a_server_that_is_restarted_is_waited_for():
+    edge = Edge(CONFIG)
+    async with Server(FakeRuntime(edge), edge, CONFIG) as server:
+        config = replace(CONFIG, grpc_port=server.grpc_port)
+        client = AsyncClient(f"127.0.0.1:{server.grpc_port}")
+        await client.get_model()
+    asked = asyncio.create_task(client.get_model())
+    await asyncio.sleep(0.2)
+    assert not asked.done()
+    edge = Edge(config)
+    async with Server(FakeRuntime(edge), edge, config):
+        assert await asked == MODEL
+        await client.close()
+
+
+async def test_timeout_of_all_calls(served):
+    served.runtime.delay_s = 0.05
+    async with AsyncClient(served.address, timeout_s=0.1) as client:
+        with pytest.raises(TimeoutError):
+            await client.generate("word " * 100)
+        with pytest.raises(TimeoutError):
+            async for _ in client.stream("word " * 100):
+                pass
+        assert (await client.generate("word " * 4, timeout_s=60)).finish_reason is FinishReason.STOP
+    with pytest.raises(TimeoutError):
+        await asyncio.to_thread(Client("192.0.2.1:1", timeout_s=0.1).get_model)
+
+
+async def test_no_server_says_what_to_do():
+    def use():
+        with Client("127.0.0.1:1", max_attempts=2) as client:
+            for call in (client.get_model, lambda: list(client.stream("one"))):
+                with pytest.raises(errors.Unreachable, match=r"127\.0\.0\.1:1.*`kasa serve`"):
+                    call()
+
+    await asyncio.to_thread(use)
+    async with AsyncClient("127.0.0.1:1", max_attempts=2) as client:
+        with pytest.raises(errors.Unreachable, match="kasa serve"):
+            await client.get_model()
+        with pytest.raises(errors.Unreachable, match="kasa serve"):
+            await anext(client.stream("one"))

@@ -82,6 +82,26 @@ async def test_show(kasa):
     assert json.loads(await kasa("adapters", "show", "style", "--json"))["rank"] == 8
 
 
+async def test_versions(kasa):
+    header, current, older = (await kasa("adapters", "versions", "style")).splitlines()
+    columns = ["version", "created", "state", "tier", "size", "in", "flight"]
+    assert header.split() == columns
+    assert current.split()[:2] == ["current", "abc123"]
+    assert current.split()[-5:] == ["ready", "disk", "4.0", "KiB", "2"]
+    assert older.split()[0] == "0ld"
+    listed = json.loads(await kasa("adapters", "versions", "style", "--json"))
+    assert [version["current"] for version in listed] == [True, False]
+    assert listed[1] == {
+        "version": "0ld",
+        "current": False,
+        "size_bytes": 1024,
+        "create_time": 0.5,
+        "state": "ready",
+        "tier": "disk",
+        "in_flight": 0,
+    }
+
+
 async def test_upload(kasa, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_text("{}")
@@ -122,7 +142,7 @@ async def test_status(served, kasa):
     assert lines[-1].endswith("1 quarantined, 1 ready")
 
 
-ON_AN_ADAPTER = ("show", "delete", "rollback", "load", "unload", "merge")
+ON_AN_ADAPTER = ("show", "versions", "delete", "rollback", "load", "unload", "merge")
 
 
 @pytest.mark.parametrize("verb", ON_AN_ADAPTER)
@@ -149,7 +169,9 @@ async def test_a_server_that_is_not_there_is_a_failed_request(silent_address):
     arguments = ["adapters", "list", "--address", silent_address, "--json"]
     result = await asyncio.to_thread(CliRunner().invoke, cli, arguments)
     assert result.exit_code == 1
-    assert "is `kasa serve` running there?" in json.loads(result.stderr)["error"]["message"]
+    error = json.loads(result.stderr)["error"]
+    assert error["reason"] == "UNREACHABLE"
+    assert "is `kasa serve` running there?" in error["message"]
 
 
 @pytest.fixture
@@ -166,10 +188,13 @@ async def test_wrong_usage_has_a_status_of_its_own(kasa):
 
 def test_every_method_of_the_adapter_service_has_a_command():
     methods = adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].methods
-    verbs = {re.match("[A-Z][a-z]+", method.name)[0].lower() for method in methods}
-    names = {"show" if verb == "get" else verb for verb in verbs}
+    named_otherwise = {"GetAdapter": "show", "ListAdapterVersions": "versions"}
+    names = {
+        named_otherwise.get(method.name, re.match("[A-Z][a-z]+", method.name)[0].lower())
+        for method in methods
+    }
     assert names <= set(adapters.command.commands)
-    assert len(names) == len(methods) == 9
+    assert len(names) == len(methods) == 10
 
 
 @dataclass(frozen=True)

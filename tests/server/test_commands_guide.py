@@ -11,11 +11,13 @@ import click
 import pytest
 
 from kasa_runtime.cli import cli
+from kasa_runtime.loadtest.report import Figures, Percentiles, Report
 from kasa_runtime.types import (
     AdapterInfo,
     AdapterMethod,
     AdapterState,
     AdapterTier,
+    AdapterVersion,
     FinishReason,
     Mode,
     ModelInfo,
@@ -48,11 +50,15 @@ def test_every_command_is_shown_and_every_one_that_is_shown_exists() -> None:
 
 def test_every_flag_that_is_shown_exists() -> None:
     for name, line in SHOWN.items():
-        known = {flag for parameter in COMMANDS[name].params for flag in parameter.opts}
+        known = {
+            flag
+            for parameter in COMMANDS[name].params
+            for flag in (*parameter.opts, *parameter.secondary_opts)
+        }
         assert set(re.findall(r"--[a-z-]+", line)) <= known, name
 
 
-@pytest.mark.parametrize("name", COMMANDS.keys() - {"serve", "completion", "experiment"})
+@pytest.mark.parametrize("name", COMMANDS.keys() - {"serve", "chat", "completion", "experiment"})
 def test_every_command_with_a_result_has_it_as_json(name: str) -> None:
     assert any("--json" in parameter.opts for parameter in COMMANDS[name].params)
     last = name.rpartition(" ")[2]
@@ -63,8 +69,12 @@ def test_every_command_with_a_result_has_it_as_json(name: str) -> None:
     ("title", "result", "enums"),
     [
         ("adapter", AdapterInfo, (AdapterState, AdapterMethod, AdapterTier)),
+        ("version", AdapterVersion, ()),
         ("model", ModelInfo, ()),
         ("generation", TokenChunk, (FinishReason, Mode)),
+        ("report", Report, ()),
+        ("figures", Figures, ()),
+        ("percentiles", Percentiles, ()),
     ],
 )
 def test_the_forms_are_those_that_are_printed(title: str, result: type, enums: tuple) -> None:

@@ -118,6 +118,16 @@ async def test_request_id_is_made_up_where_absent_and_comes_with_errors(served):
     assert len(dict(caught.value.trailing_metadata())["x-request-id"]) == 32
 
 
+async def test_nothing_is_sent_ahead_of_an_error_so_that_clients_may_try_again(served):
+    """gRPC retries no call of which it has seen the initial metadata."""
+    served.runtime.error = Overloaded("the queue is full", retry_after_s=2.5)
+    call = served.generation.GenerateStream(pb.GenerateRequest(prompt="one"))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert "x-request-id" not in dict(caught.value.initial_metadata())
+    assert "x-request-id" in dict(caught.value.trailing_metadata())
+
+
 async def test_too_long_request_id_is_refused(served):
     metadata = (("x-request-id", "x" * 129),)
     with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -1,7 +1,15 @@
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import aiohttp
 import pytest
+from conftest import CONFIG
+from fake_runtime import FakeRuntime
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.app import Edge, Server
 
 
 async def get(served, path, **headers):
@@ -42,3 +50,30 @@ async def test_dead_engine_is_neither(served):
     served.runtime.alive = False
     assert (await get(served, "/healthz"))[0] == 503
     assert (await get(served, "/readyz"))[0] == 503
+
+
+async def test_the_page_for_routers_is_there_only_when_wanted(served):
+    assert (await get(served, "/metrics/vllm"))[0] == 404
+
+
+async def test_the_page_for_routers_has_vllms_names():
+    config = replace(CONFIG, vllm_metrics=True)
+    edge = Edge(config)
+    runtime = FakeRuntime(edge)
+    async with Server(runtime, edge, config) as server, aiohttp.ClientSession() as session:
+        url = f"http://127.0.0.1:{server.http_port}/metrics/vllm"
+        async with session.get(url) as response:
+            families = list(text_string_to_metric_families(await response.text()))
+    found = {s.name: (s.labels, s.value) for family in families for s in family.samples}
+    model = {"model_name": "fake"}
+    assert found["vllm:num_requests_running"] == (model, 0)
+    assert found["vllm:num_requests_waiting"] == (model, 0)
+    assert found["vllm:kv_cache_usage_perc"] == (model, 0.25)
+    assert found["vllm:gpu_cache_usage_perc"] == (model, 0.25)
+    labels, value = found["vllm:lora_requests_info"]
+    assert labels == {
+        "max_lora": "4",
+        "running_lora_adapters": "style",
+        "waiting_lora_adapters": "unknown,warm",
+    }
+    assert value == pytest.approx(time.time(), abs=60)

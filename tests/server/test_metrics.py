@@ -6,17 +6,24 @@ from dataclasses import replace
 import pytest
 from fake_runtime import STYLE, FakeRuntime
 from prometheus_client import generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from kasa_runtime.errors import LimitExceeded, Overloaded, ShuttingDown
-from kasa_runtime.types import AdapterState, AdapterTier, FinishReason, Mode
-from server.metrics import Gauges, Metrics
+from kasa_runtime.errors import AdapterInvalid, LimitExceeded, Overloaded, ShuttingDown
+from kasa_runtime.types import AdapterState, AdapterTier, FinishReason, Mode, TokenChunk
+from server.gauges import Gauges
+from server.grpc_metrics import GrpcMetrics
+from server.metrics import Metrics
+from server.trace_context import current_trace_id
 
 NAMES = {
     "kasa_time_to_first_token_seconds",
     "kasa_inter_token_latency_seconds",
     "kasa_e2e_request_latency_seconds",
     "kasa_request_queue_time_seconds",
+    "kasa_request_adapter_load_time_seconds",
+    "kasa_request_prefill_time_seconds",
+    "kasa_request_decode_time_seconds",
     "kasa_num_requests_running",
     "kasa_num_requests_waiting",
     "kasa_kv_cache_usage_ratio",
@@ -26,6 +33,16 @@ NAMES = {
     "kasa_generation_tokens",
     "kasa_requests",
     "kasa_requests_refused",
+    "kasa_num_preemptions",
+    "kasa_engine_steps",
+    "kasa_adapter_requests_running",
+    "kasa_adapter_requests_waiting",
+    "kasa_adapters",
+    "kasa_adapter_slots",
+    "kasa_adapter_load_failures",
+    "kasa_build_info",
+    "grpc_server_handled",
+    "grpc_server_handling_seconds",
     "kasa_adapter_info",
     "kasa_adapter_resident",
     "kasa_adapter_host_cache_bytes",
@@ -55,10 +72,10 @@ def samples(metrics):
 
 def one_request(metrics, adapter):
     metrics.queued(adapter)
-    metrics.first_token(adapter, queue_s=0.1, ttft_s=0.2, prompt_tokens=5)
+    metrics.first_token(adapter, queue_s=0.5, load_s=0.125, ttft_s=0.75, prompt_tokens=5)
     metrics.tokens(adapter, count=1, gap_s=None)
     metrics.tokens(adapter, count=2, gap_s=0.02)
-    metrics.finished(adapter, Mode.BATCHED, FinishReason.STOP, total_s=0.3)
+    metrics.finished(adapter, Mode.BATCHED, FinishReason.STOP, decode_s=0.2, total_s=0.9)
 
 
 @pytest.fixture
@@ -70,8 +87,12 @@ def metrics():
 
 async def test_every_name_of_the_contract_is_there(metrics):
     metrics.registry.register(Gauges(FakeRuntime(metrics), metrics.label))
+    GrpcMetrics(metrics.registry)
     text = generate_latest(metrics.registry).decode()
-    assert {family.name for family in text_string_to_metric_families(text)} == NAMES
+    found = {family.name for family in text_string_to_metric_families(text)}
+    of_the_process = {name for name in found if name.startswith(("process_", "python_"))}
+    assert found - of_the_process == NAMES
+    assert {"process_resident_memory_bytes", "python_info"} <= of_the_process
 
 
 def test_one_request_is_counted(metrics):
@@ -80,13 +101,59 @@ def test_one_request_is_counted(metrics):
     adapter = ("adapter", "one")
     assert found["kasa_prompt_tokens_total", adapter] == 5
     assert found["kasa_generation_tokens_total", adapter] == 3
-    assert found["kasa_time_to_first_token_seconds_sum", adapter] == 0.2
-    assert found["kasa_request_queue_time_seconds_sum", adapter] == 0.1
-    assert found["kasa_inter_token_latency_seconds_count", adapter] == 2
-    assert found["kasa_inter_token_latency_seconds_sum", adapter] == pytest.approx(0.02)
-    assert found["kasa_e2e_request_latency_seconds_sum", adapter] == 0.3
+    assert found["kasa_request_queue_time_seconds_sum", adapter] == 0.375
+    assert found["kasa_request_adapter_load_time_seconds_sum", adapter] == 0.125
+    assert found["kasa_request_prefill_time_seconds_sum",] == 0.25
+    assert found["kasa_request_decode_time_seconds_sum",] == 0.2
     labels = (adapter, ("finish_reason", "stop"), ("mode", "batched"))
     assert found["kasa_requests_total", *labels] == 1
+
+
+def test_latencies_are_from_the_arrival_to_what_was_written(metrics, monkeypatch):
+    now_s = 100.0
+    monkeypatch.setattr("server.metrics.time.monotonic", lambda: now_s)
+    delivery = metrics.delivery("one@abc", arrival_s=99.0)
+    for after_s, chunk in (
+        (0.5, TokenChunk("", ())),
+        (0.5, TokenChunk("a", (1, 2))),
+        (0.25, TokenChunk("b", (3, 4))),
+        (0.25, TokenChunk("", (), finish_reason=FinishReason.STOP)),
+    ):
+        now_s += after_s
+        delivery.wrote(chunk)
+    found, adapter = samples(metrics), ("adapter", "one")
+    for name, count, total in (
+        ("time_to_first_token_seconds", 1, 2.0),
+        ("inter_token_latency_seconds", 2, 0.25),
+        ("e2e_request_latency_seconds", 1, 2.5),
+    ):
+        assert found[f"kasa_{name}_count", adapter] == count
+        assert found[f"kasa_{name}_sum", adapter] == total
+
+
+def test_what_a_traced_call_counts_carries_its_trace_id(metrics):
+    metrics.delivery("one", arrival_s=0.0).wrote(TokenChunk("a", (1,)))
+    assert "trace_id" not in openmetrics.generate_latest(metrics.registry).decode()
+    token = current_trace_id.set("ab" * 16)
+    try:
+        metrics.delivery("one", arrival_s=0.0).wrote(TokenChunk("a", (1,)))
+        one_request(metrics, "one")
+    finally:
+        current_trace_id.reset(token)
+    text = openmetrics.generate_latest(metrics.registry).decode()
+    marked = {line.partition("{")[0] for line in text.splitlines() if f'"{"ab" * 16}"' in line}
+    assert {"kasa_time_to_first_token_seconds_bucket", "kasa_requests_total"} <= marked
+
+
+def test_adapters_that_could_not_be_loaded_are_counted_by_reason(metrics):
+    metrics.adapter_load_failed("one", AdapterInvalid("torn", name="one"))
+    metrics.adapter_load_failed("one", OSError())
+    found = samples(metrics)
+    for reason in ("adapter_invalid", "unknown"):
+        labels = (("adapter", "one"), ("reason", reason))
+        assert found["kasa_adapter_load_failures_total", *labels] == 1
+    metrics.adapters_changed([])
+    assert not any(name.startswith("kasa_adapter_load_failures") for name, *_ in samples(metrics))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +239,14 @@ async def test_gauges_are_read_from_the_runtime(metrics):
     assert found["kasa_adapter_resident", ("adapter", "style"), ("tier", "slot")] == 1
     assert found["kasa_adapter_resident", ("adapter", "_other"), ("tier", "host")] == 1
     assert found["kasa_adapter_host_cache_bytes",] == 512
+    assert found["kasa_adapter_slots",] == 4
+    assert found["kasa_engine_steps_total",] == 7
+    assert found["kasa_num_preemptions_total",] == 1
+    assert found["kasa_adapter_requests_running", ("adapter", "style")] == 2
+    assert found["kasa_adapter_requests_waiting", ("adapter", "_base")] == 1
+    assert found["kasa_adapter_requests_waiting", ("adapter", "_other")] == 3
+    assert found["kasa_adapters", ("state", "quarantined")] == 1
+    assert found["kasa_adapters", ("state", "loading")] == 0
     assert found["kasa_adapter_merged", ("adapter", "style")] == 1
     assert found["kasa_adapter_token_share_ratio", ("adapter", "style")] == 0.75
     assert found["kasa_adapter_token_share_ratio", ("adapter", "_base")] == 0.25

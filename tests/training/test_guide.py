@@ -14,7 +14,8 @@ from kasa_runtime.training.config import RunConfig
 from kasa_runtime.training.experiments.grid import EXPERIMENTS
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-WORDS = set(re.findall(r"[\w-]+", " ".join(re.findall(r"`([^`]+)`", GUIDE))))
+PROSE = re.sub(r"(?ms)^```.*?^```$", "", GUIDE)
+WORDS = set(re.findall(r"[\w-]+", " ".join(re.findall(r"`([^`]+)`", PROSE))))
 SECTIONS = {
     item.name: typing.get_type_hints(RunConfig)[item.name]
     for item in dataclasses.fields(RunConfig)
