@@ -67,12 +67,16 @@ GRPC_OPTIONS = [
 
 
 class Edge(Metrics):
-    """The runtime's observer: metrics, and the health of adapters, with the gate to it."""
+    """The runtime's observer, metrics and the health of adapters; and what else can be made, and
+    can be found wrong, before a model is loaded. Raises ConfigError."""
 
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config.max_adapter_labels)
         self.gate = Gate(config)
         self.health = Health(self.gate)
+        self.certificates = Certificates(config.tls) if config.tls.enabled else None
+        endpoint = config.otlp_endpoint
+        self.tracing = Tracing.to_collector(endpoint) if endpoint else None
 
     def adapters_changed(self, adapters: Sequence[AdapterInfo]) -> None:
         super().adapters_changed(adapters)
@@ -90,7 +94,6 @@ class Server:
         self._runtime = runtime
         self._edge = edge
         self._config = config
-        self._certificates = Certificates(config.tls) if config.tls.enabled else None
         max_bytes = int(config.clients.max_message_mib * 2**20) + ENVELOPE_BYTES
         options = [*GRPC_OPTIONS, ("grpc.max_receive_message_length", max_bytes)]
         interceptors = [GrpcMetrics(edge.registry)]
@@ -99,8 +102,6 @@ class Server:
         guards = [guard(edge.gate, wants_certificate=wants_certificate)]
         app = build_app(runtime, edge, guards, vllm_metrics=config.vllm_metrics)
         self._http = web.AppRunner(app, access_log=None)
-        endpoint = config.otlp_endpoint
-        self._tracing = Tracing.to_collector(endpoint, runtime.model.name) if endpoint else None
         self._stop = asyncio.Event()
         self._drain = True
         self.grpc_port = 0
@@ -114,7 +115,7 @@ class Server:
                 edge.gate,
                 edge,
                 log_prompts=self._config.log_prompts,
-                tracing=self._tracing,
+                tracing=self._edge.tracing,
             ),
             server,
         )
@@ -143,8 +144,8 @@ class Server:
         await self._runtime.drain(self._config.drain_s if self._drain else 0.0)
         await self._grpc.stop(CLOSE_GRACE_S)
         await self._http.cleanup()
-        if self._tracing is not None:
-            await asyncio.to_thread(self._tracing.close)
+        if self._edge.tracing is not None:
+            await asyncio.to_thread(self._edge.tracing.close)
         logger.info("stopped")
 
     @property
@@ -162,15 +163,15 @@ class Server:
         config = self._config
         address = f"{self._host}:{config.grpc_port}"
         try:
-            if self._certificates is None:
+            if self._edge.certificates is None:
                 self.grpc_port = self._grpc.add_insecure_port(address)
             else:
-                credentials = self._certificates.grpc_credentials()
+                credentials = self._edge.certificates.grpc_credentials()
                 self.grpc_port = self._grpc.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigError(f"grpc_port: cannot listen on {address}: {error}") from None
         await self._http.setup()
-        tls = None if self._certificates is None else self._certificates.http_context()
+        tls = None if self._edge.certificates is None else self._edge.certificates.http_context()
         try:
             await web.TCPSite(self._http, config.host, config.http_port, ssl_context=tls).start()
         except OSError as error:

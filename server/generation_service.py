@@ -69,7 +69,8 @@ class GenerationService:
         """The request, with a trace if there are any."""
         if self._tracing is None:
             return nullcontext(request)
-        return self._tracing.traced(request, call.metadata, call.facts)
+        model = self._runtime.model.name
+        return self._tracing.traced(request, model, call.metadata, call.facts)
 
     def _request(self, message: Any, call: Call) -> GenerationRequest:
         request = convert.generation_request(message, call.unique_id, call.deadline_s)

@@ -131,6 +131,11 @@ def _logged(call: Call) -> Iterator[None]:
         call.facts["code"] = grpc.StatusCode.CANCELLED.name
         raise
     finally:
+        _log(call)
+
+
+def _log(call: Call) -> None:
+    if logger.isEnabledFor(logging.INFO):
         facts = {"code": "OK", **call.facts}
         facts |= {"client": call.client, "total_s": time.monotonic() - call.arrival_s}
         logger.info("%s", call.method, extra=logs.fields(**facts))

@@ -40,18 +40,17 @@ NO_OPENTELEMETRY = (
 
 
 class Tracing:
-    """Makes spans with one provider of OpenTelemetry's SDK, for requests to `model`."""
+    """Makes spans with one provider of OpenTelemetry's SDK."""
 
-    def __init__(self, provider: Any, model: str) -> None:
+    def __init__(self, provider: Any) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._provider = provider
         self._tracer = provider.get_tracer("kasa_runtime")
         self._propagator = TraceContextTextMapPropagator()
-        self._model = model
 
     @classmethod
-    def to_collector(cls, endpoint: str, model: str) -> Self:
+    def to_collector(cls, endpoint: str) -> Self:
         """Send spans over OTLP's gRPC, in batches, from a thread. Sampling and further attributes
         are those of OpenTelemetry's own variables. Raises ConfigError without the packages."""
         try:
@@ -65,7 +64,7 @@ class Tracing:
         provider = TracerProvider(resource=Resource.create({"service.name": name}))
         exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"))
         provider.add_span_processor(BatchSpanProcessor(exporter))
-        return cls(provider, model)
+        return cls(provider)
 
     def close(self) -> None:
         """Send what is left. Blocking."""
@@ -73,18 +72,22 @@ class Tracing:
 
     @contextmanager
     def traced(
-        self, request: GenerationRequest, metadata: Mapping[str, Any], facts: Mapping[str, Any]
+        self,
+        request: GenerationRequest,
+        model: str,
+        metadata: Mapping[str, Any],
+        facts: Mapping[str, Any],
     ) -> Iterator[GenerationRequest]:
         """The request with its trace, whose parent is the client's `traceparent`; a span until the
-        end. `facts`: what is known by then."""
+        end. `model`: the base's name; `facts`: what is known by the end."""
         from opentelemetry.trace import SpanKind
 
         operation = "text_completion" if request.messages is None else "chat"
         span = self._tracer.start_span(
-            f"{operation} {self._model}",
+            f"{operation} {model}",
             self._propagator.extract({k: v for k, v in metadata.items() if isinstance(v, str)}),
             SpanKind.SERVER,
-            {"gen_ai.operation.name": operation, **_asked(request, self._model)},
+            {"gen_ai.operation.name": operation, **_asked(request, model)},
         )
         try:
             recorded = span.is_recording()
@@ -93,7 +96,7 @@ class Tracing:
             _fail(span, error)
             raise
         finally:
-            span.set_attributes(_ended(facts, self._model))
+            span.set_attributes(_ended(facts, model))
             span.end()
 
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from conftest import CONFIG, Served
 from fake_runtime import STYLE, FakeRuntime
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from kasa.v1 import adapters_pb2
 from kasa.v1 import generation_pb2 as pb
 
 from kasa_runtime import tokens
@@ -37,7 +38,7 @@ from server.access import Gate, told_to
 from server.app import Edge, Server
 from server.config import AccessConfig, ClientLimits, ServerConfig
 
-ROOT, ALICE, BOB, WATCHER = (tokens.new_token() for _ in range(4))
+ROOT, ALICE, BOB, WATCHER, NOTHING = (tokens.new_token() for _ in range(5))
 EVERYTHING = {action: ["*"] for action in Action}
 LINES = "\n".join(
     [
@@ -46,6 +47,7 @@ LINES = "\n".join(
             "alice", ALICE, {a: ["a-*"] for a in Action} | {Action.GENERATE: ["a-*", "_base"]}
         ),
         tokens.line("bob", BOB, {Action.GENERATE: ["b-*", "style"], Action.UPLOAD: ["b-*"]}),
+        tokens.line("nothing", NOTHING, {}),
         tokens.line("watcher", WATCHER, {Action.OBSERVE: ["*"]}),
     ]
 )
@@ -151,6 +153,30 @@ async def test_what_a_token_may_see_but_not_do_is_denied(guarded, adapter_dir):
         assert (await bob.upload(adapter_dir, name="b-two")).name == "b-two"
         await bob.delete_adapter("b-two")
     assert guarded.runtime.find("a-one").version == STYLE.version
+
+
+async def test_no_method_of_the_adapter_service_forgets_to_ask(guarded):
+    """Methods that are added later, too: a token that permits nothing gets nothing."""
+    metadata = [("authorization", f"Bearer {NOTHING}")]
+    before = guarded.runtime.list_adapters()
+    for method in adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].methods:
+        request = getattr(adapters_pb2, method.input_type.name)()
+        if method.client_streaming:
+            request.manifest.name = "a-one"
+            request.manifest.files.add(path="adapter_config.json", sha256="0" * 64)
+        elif "name" in method.input_type.fields_by_name:
+            request.name = "a-one"
+        call = getattr(guarded.adapters, method.name)
+        try:
+            response = await call(
+                iter([request]) if method.client_streaming else request, metadata=metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            codes = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.PERMISSION_DENIED)
+            assert error.code() in codes, method.name
+        else:
+            assert response == type(response)(), method.name
+    assert guarded.runtime.list_adapters() == before
 
 
 async def test_what_another_tenant_merged_stays_merged(guarded):

@@ -10,9 +10,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 from certificates import Authority, Pair
+from click.testing import CliRunner
 from conftest import CONFIG
 from fake_runtime import MODEL, FakeRuntime
 
+from kasa_runtime.cli import cli
 from kasa_runtime.client import AsyncClient, Client
 from kasa_runtime.errors import ConfigError, Unreachable
 from server.app import Edge, Server
@@ -96,6 +98,21 @@ async def test_the_sync_client_an_upload_and_the_health_check_speak_tls(authorit
             assert (await client.upload(directory)).name == "fresh"
         assert await asyncio.to_thread(check, address(server), security=security) == ""
         assert "UNAVAILABLE" in await asyncio.to_thread(check, address(server))
+
+
+async def test_commands_speak_tls(authority, pair):
+    own = authority.sign("client")
+    async with serving(pair, authority.cert) as server:
+        flags = ["--root-certificates", authority.cert, "--certificate", own.cert]
+        arguments = ["generate", "one two", "--address", address(server), *flags]
+        for key, status in ((["--private-key", own.key], 0), ([], 1)):
+            given = [*map(str, [*arguments, *key])]
+            result = await asyncio.to_thread(CliRunner().invoke, cli, given)
+            assert result.exit_code == status, result.output
+            if status == 0:
+                assert result.stdout == "one two \n"
+            else:
+                assert "certificate and private_key must be given together" in result.stderr
 
 
 async def test_with_an_authority_of_clients_only_theirs_come_in(authority, stranger, pair):

@@ -56,9 +56,9 @@ async def serving(exporter, monkeypatch):
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
 
-    def to_collector(endpoint, model):
+    def to_collector(endpoint):
         assert endpoint == "http://collector:4317"
-        return Tracing(provider, model)
+        return Tracing(provider)
 
     monkeypatch.setattr(Tracing, "to_collector", to_collector)
     config = replace(CONFIG, otlp_endpoint="http://collector:4317")
@@ -208,4 +208,4 @@ def test_an_endpoint_has_a_scheme():
 def test_without_the_packages_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, OTLPSpanExporter.__module__, None)
     with pytest.raises(ConfigError, match=r"pip install 'kasa-runtime\[tracing\]'"):
-        Tracing.to_collector("http://collector:4317", "fake")
+        Tracing.to_collector("http://collector:4317")
