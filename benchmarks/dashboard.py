@@ -298,6 +298,7 @@ def draw(prometheus: Prometheus, start_s: float, end_s: float, out: Path) -> Non
             for series in prometheus.over(query.expr, start_s, end_s)
         ]
         draw_panel(ax, panel, sorted(lines))
+        ax.set_xlim(0, len(times) - 1)
     for ax in axes.flat[len(shown) :]:
         ax.remove()
     figure.supxlabel("seconds", fontsize=9)
@@ -327,7 +328,6 @@ def draw_panel(ax: Any, panel: dict[str, Any], lines: list[tuple[str, list[float
     ax.set_ylim(bottom=0)
     ax.tick_params(labelsize=8)
     ax.grid(alpha=0.3)
-    ax.margins(x=0)
     if names:
         ax.legend(fontsize=6, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.08))
 
