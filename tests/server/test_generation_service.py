@@ -4,9 +4,12 @@ import asyncio
 
 import grpc
 import pytest
+from fake_runtime import FakeRuntime
 from kasa.v1 import generation_pb2 as pb
 
 from kasa_runtime.errors import EngineDead, Overloaded
+from server.generation_service import GenerationService
+from server.metrics import Metrics
 
 
 async def test_generate_answers_once_with_all_of_it(served):
@@ -161,3 +164,30 @@ async def test_unknown_error_is_logged_and_tells_nothing(served, caplog):
     assert "secret" not in caught.value.details()
     assert "secret of the implementation" in caplog.text
     assert "req-8" in caplog.text
+
+
+class SlowContext:
+    """A client that takes 0.1 s for each message."""
+
+    def invocation_metadata(self):
+        return ()
+
+    def set_trailing_metadata(self, metadata): ...
+
+    async def send_initial_metadata(self, metadata): ...
+
+    def time_remaining(self):
+        return None
+
+    async def write(self, message):
+        await asyncio.sleep(0.1)
+
+
+async def test_latencies_are_those_of_what_was_written_not_of_what_was_sampled():
+    metrics = Metrics()
+    service = GenerationService(FakeRuntime(metrics), metrics)
+    await service.GenerateStream(pb.GenerateRequest(prompt="one two three"), SlowContext())
+    value, base = metrics.registry.get_sample_value, {"adapter": "_base"}
+    assert value("kasa_time_to_first_token_seconds_sum", base) >= 0.1
+    assert value("kasa_e2e_request_latency_seconds_sum", base) >= 0.2
+    assert value("kasa_e2e_request_latency_seconds_count", base) == 1
