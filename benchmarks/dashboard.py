@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -286,17 +286,19 @@ def draw(prometheus: Prometheus, start_s: float, end_s: float, out: Path) -> Non
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    start_s = math.floor(start_s)
+    times = range(start_s, math.floor(end_s) + 1)
     shown = [panel for panel in panels() if panel["type"] == "timeseries"]
     columns, rows = 3, math.ceil(len(shown) / 3)
     figure, axes = pyplot.subplots(rows, columns, figsize=(21, 3.6 * rows), layout="constrained")
     for panel, ax in zip(shown, axes.flat, strict=False):
         lines = [
-            (query.name(series["metric"]), dict(series["values"]))
+            (query.name(series["metric"]), values_at(times, series["values"]))
             for query in queries(panel)
             for series in prometheus.over(query.expr, start_s, end_s)
         ]
-        draw_panel(ax, panel, sorted(lines, key=lambda line: line[0]), start_s)
-        ax.set_xlim(0, end_s - start_s)
+        draw_panel(ax, panel, sorted(lines))
+        ax.set_xlim(0, len(times) - 1)
     for ax in axes.flat[len(shown) :]:
         ax.remove()
     figure.supxlabel("seconds", fontsize=9)
@@ -305,19 +307,22 @@ def draw(prometheus: Prometheus, start_s: float, end_s: float, out: Path) -> Non
     pyplot.close(figure)
 
 
-def draw_panel(
-    ax: Any, panel: dict[str, Any], lines: list[tuple[str, dict[float, float]]], start_s: float
-) -> None:
-    """`lines`: names, and values by Unix seconds."""
+def values_at(times: Sequence[int], values: list[tuple[float, float]]) -> list[float]:
+    """NaN where there is none."""
+    known = dict(values)
+    return [known.get(t, math.nan) for t in times]
+
+
+def draw_panel(ax: Any, panel: dict[str, Any], lines: list[tuple[str, list[float]]]) -> None:
+    """`lines`: names, and a value for each second."""
     field = panel["fieldConfig"]["defaults"]
     names = [name.lstrip("_") for name, _ in lines]  # matplotlib hides labels that begin with it
-    if "stacking" in field["custom"]:
-        times = sorted({t for _, values in lines for t in values})
-        heights = [[values.get(t, 0.0) for t in times] for _, values in lines]
-        ax.stackplot([t - start_s for t in times], heights, labels=names, alpha=0.7)
+    if "stacking" in field["custom"] and lines:
+        heights = [[0.0 if math.isnan(v) else v for v in values] for _, values in lines]
+        ax.stackplot(range(len(heights[0])), heights, labels=names, alpha=0.7)
     else:
         for name, (_, values) in zip(names, lines, strict=True):
-            ax.plot([t - start_s for t in values], list(values.values()), label=name, lw=1)
+            ax.plot(values, label=name, lw=1)
     ax.set_title(panel["title"], fontsize=11, loc="left")
     ax.set_ylabel(UNITS.get(field["unit"], ""), fontsize=9)
     ax.set_ylim(bottom=0)

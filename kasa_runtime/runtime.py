@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -163,6 +163,8 @@ def begin(config: RuntimeConfig) -> Beginning:
     reader = ThreadPoolExecutor(1, "kasa-tokenizer")
     tokenizer = reader.submit(Tokenizer, model_dir)
     reader.shutdown(wait=False)
+    if not Tokenizer.is_remembered(model_dir):
+        wait([tokenizer])  # imports transformers, which no two threads can at once
     return Beginning(model_dir, graph, tokenizer)
 
 

@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from kasa_runtime import __version__
-from kasa_runtime.types import AdapterInfo, AdapterState, ModelInfo, RuntimeStats
+from kasa_runtime.types import BASE, AdapterInfo, AdapterState, ModelInfo, RuntimeStats
 from server.metrics import OTHER_LABEL
 
 
@@ -73,12 +73,16 @@ class Gauges(Collector):
         ):
             yield CounterMetricFamily(name, help, value)
         yield self._requests(
-            "kasa_adapter_requests_running", "Requests in the engine", stats.running_adapters
+            "kasa_adapter_requests_running",
+            "Requests in the engine",
+            stats.running_adapters,
+            adapters,
         )
         yield self._requests(
             "kasa_adapter_requests_waiting",
             "Requests that wait in front of the engine",
             stats.waiting_adapters,
+            adapters,
         )
         yield self._resident(stats)
         yield self._merged(stats)
@@ -87,9 +91,12 @@ class Gauges(Collector):
         yield self._info(adapters)
         yield self._model()
 
-    def _requests(self, name: str, help: str, counts: Mapping[str, int]) -> Metric:
+    def _requests(
+        self, name: str, help: str, counts: Mapping[str, int], adapters: list[AdapterInfo]
+    ) -> Metric:
         metric = GaugeMetricFamily(name, help, labels=["adapter"])
-        by_label: Counter[str] = Counter()
+        # Those without requests have series too: one that comes and goes leaves gaps in a graph.
+        by_label = Counter(dict.fromkeys(map(self._label, [BASE, *(a.name for a in adapters)]), 0))
         for adapter, count in counts.items():
             by_label[self._label(adapter)] += count
         for label, count in by_label.items():

@@ -99,6 +99,18 @@ async def test_one_adapter_enters_in_the_order_of_arrival() -> None:
     await world.close()
 
 
+async def test_requests_are_counted_by_adapter_inside_and_in_front() -> None:
+    world = World(max_inside=2)
+    await world.add("a", 3)
+    await world.add(BASE, 1)
+    assert world.admission.num_inside == {"a": 2}
+    assert world.admission.num_waiting == {"a": 1, BASE: 1}
+    await world.end(2)
+    assert world.admission.num_inside == {"a": 1, BASE: 1}
+    assert world.admission.num_waiting == {}
+    await world.close()
+
+
 async def test_a_flood_holds_another_adapter_up_for_one_place() -> None:
     world = World()
     await world.add("flood", 200)

@@ -67,6 +67,7 @@ class Recorder(Observer):
 
     def __init__(self) -> None:
         self.stages: list[str] = []
+        self.load_failures: list[tuple[str, type[BaseException]]] = []
         self.merges: list[str] = []
         self.rejected: list[str] = []
         self.lists: list[Sequence[AdapterInfo]] = []
@@ -74,6 +75,9 @@ class Recorder(Observer):
     def adapter_loaded(self, adapter: str, *, stage: str, seconds: float) -> None:
         assert seconds >= 0
         self.stages.append(f"{adapter} {stage}")
+
+    def adapter_load_failed(self, adapter: str, error: BaseException) -> None:
+        self.load_failures.append((adapter, type(error)))
 
     def merged(self, adapter: str, *, seconds: float) -> None:
         assert seconds >= 0

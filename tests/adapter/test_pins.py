@@ -185,13 +185,14 @@ class TestFollows:
             await held[0].end()
             assert held[0].key not in bench.host.loaded
 
-    async def test_one_that_cannot_be_loaded_is_told_in_the_log(self, start, abc, put, caplog):
+    async def test_one_that_cannot_be_loaded_is_told(self, start, abc, put, caplog):
         async with start(max_slots=2) as bench:
             await bench.manager.load("a", pin=True)
             bench.host.failing["load"] = CapacityExceeded("rank 512")
             put("a", 9)
             await bench.manager.rescan(settled=True)
             await until(lambda: "a is pinned and cannot be loaded: rank 512" in caplog.text)
+            assert bench.seen.load_failures == [("a", CapacityExceeded)]
             bench.host.failing.clear()
             await use(bench, "a")
 

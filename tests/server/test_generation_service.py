@@ -4,9 +4,14 @@ import asyncio
 
 import grpc
 import pytest
+from fake_runtime import FakeRuntime
 from kasa.v1 import generation_pb2 as pb
 
 from kasa_runtime.errors import EngineDead, Overloaded
+from server.access import Gate
+from server.config import ServerConfig
+from server.generation_service import GenerationService
+from server.metrics import Metrics
 
 
 async def test_generate_answers_once_with_all_of_it(served):
@@ -36,7 +41,7 @@ async def test_stream_has_the_finish_fields_in_its_last_message_alone(served):
 
 
 async def test_slow_client_gets_fewer_and_longer_messages(served):
-    words = ["x" * 2000] * 2000  # 4 MB, far beyond the flow-control window
+    words = ["x" * 4000] * 2000  # 8 MB, far beyond the flow-control window
     request = pb.GenerateRequest(prompt=" ".join(words))
     call = served.generation.GenerateStream(request)
     await asyncio.wait_for(served.runtime.ended.wait(), 30)  # the engine is not held back
@@ -177,3 +182,33 @@ async def test_without_a_collector_requests_have_no_trace(served):
     metadata = (("traceparent", f"00-{'1' * 32}-{'2' * 16}-01"),)
     await served.generation.Generate(pb.GenerateRequest(prompt="one"), metadata=metadata)
     assert served.runtime.requests[0].trace is None
+
+
+class SlowContext:
+    """A client that takes 0.1 s for each message."""
+
+    def invocation_metadata(self):
+        return ()
+
+    def set_trailing_metadata(self, metadata): ...
+
+    async def send_initial_metadata(self, metadata): ...
+
+    def peer(self):
+        return "ipv4:127.0.0.1:1"
+
+    def time_remaining(self):
+        return None
+
+    async def write(self, message):
+        await asyncio.sleep(0.1)
+
+
+async def test_latencies_are_those_of_what_was_written_not_of_what_was_sampled():
+    metrics = Metrics()
+    service = GenerationService(FakeRuntime(metrics), Gate(ServerConfig()), metrics)
+    await service.GenerateStream(pb.GenerateRequest(prompt="one two three"), SlowContext())
+    value, base = metrics.registry.get_sample_value, {"adapter": "_base"}
+    assert value("kasa_time_to_first_token_seconds_sum", base) >= 0.1
+    assert value("kasa_e2e_request_latency_seconds_sum", base) >= 0.2
+    assert value("kasa_e2e_request_latency_seconds_count", base) == 1

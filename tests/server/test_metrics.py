@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fake_runtime import STYLE, FakeRuntime
@@ -93,6 +95,12 @@ async def test_every_name_of_the_contract_is_there(metrics):
     of_the_process = {name for name in found if name.startswith(("process_", "python_"))}
     assert found - of_the_process == NAMES
     assert {"process_resident_memory_bytes", "python_info"} <= of_the_process
+
+
+def test_the_guide_has_every_name():
+    guide = Path(__file__).parents[2] / "docs" / "monitoring.md"
+    listed = set(re.findall(r"^\| `(\w+)", guide.read_text(encoding="utf-8"), re.MULTILINE))
+    assert {name.removesuffix("_total") for name in listed} == NAMES
 
 
 def test_one_request_is_counted(metrics):
@@ -243,7 +251,9 @@ async def test_gauges_are_read_from_the_runtime(metrics):
     assert found["kasa_engine_steps_total",] == 7
     assert found["kasa_num_preemptions_total",] == 1
     assert found["kasa_adapter_requests_running", ("adapter", "style")] == 2
+    assert found["kasa_adapter_requests_running", ("adapter", "_base")] == 0
     assert found["kasa_adapter_requests_waiting", ("adapter", "_base")] == 1
+    assert found["kasa_adapter_requests_waiting", ("adapter", "style")] == 0
     assert found["kasa_adapter_requests_waiting", ("adapter", "_other")] == 3
     assert found["kasa_adapters", ("state", "quarantined")] == 1
     assert found["kasa_adapters", ("state", "loading")] == 0
