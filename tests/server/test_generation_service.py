@@ -41,14 +41,15 @@ async def test_stream_has_the_finish_fields_in_its_last_message_alone(served):
 
 
 async def test_slow_client_gets_fewer_and_longer_messages(served):
-    words = ["x" * 4000] * 2000  # 8 MB, far beyond the flow-control window
+    words = ["x" * 2000] * 2000  # 4 MB, far beyond the flow-control window
     request = pb.GenerateRequest(prompt=" ".join(words))
     call = served.generation.GenerateStream(request)
     await asyncio.wait_for(served.runtime.ended.wait(), 30)  # the engine is not held back
     messages = [message async for message in call]
     assert sum(len(message.token_ids) for message in messages) == len(words)
     assert [i for message in messages for i in message.token_ids] == list(range(len(words)))
-    assert len(messages) < len(words) / 2
+    # What the connection had no room for came as one.
+    assert max(len(message.token_ids) for message in messages) > len(words) / 10
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
