@@ -48,8 +48,8 @@ async def test_slow_client_gets_fewer_and_longer_messages(served):
     messages = [message async for message in call]
     assert sum(len(message.token_ids) for message in messages) == len(words)
     assert [i for message in messages for i in message.token_ids] == list(range(len(words)))
-    # What the connection had no room for came as one.
-    assert max(len(message.token_ids) for message in messages) > len(words) / 10
+    # How many depends on the buffers of the connection, which hold up to half of it.
+    assert len(messages) < len(words) * 3 / 4
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
