@@ -647,6 +647,20 @@ async def test_an_adapter_taken_away_is_no_longer_served_but_finishes(
         assert "alpha" not in runtime.stats().resident_adapters
 
 
+async def test_an_adapter_is_read_while_its_request_waits(
+    tiny_chat_model: Path, adapters_dir: Path, want: Callable[[str], list[int]]
+) -> None:
+    async with serving(tiny_chat_model, adapters_dir, max_slots=1, max_num_seqs=1) as runtime:
+        asks = [ask(f"{i}", adapter="alpha", sampling=LONG) for i in range(12)]
+        held = asyncio.gather(*(read(runtime, request) for request in asks))
+        await until(lambda: runtime.stats().num_requests_running == 1)
+        waiting = asyncio.create_task(read(runtime, ask("waiting", adapter="beta")))
+        await until(lambda: info(runtime, "beta").tier is AdapterTier.HOST)
+        assert not held.done()
+        assert tokens_of(await waiting) == want("beta")
+        await held
+
+
 async def test_an_adapter_that_comes_back_to_its_slot_is_not_read_again(
     tiny_chat_model: Path, adapters_dir: Path, want: Callable[[str], list[int]]
 ) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pytest
@@ -309,6 +311,61 @@ async def test_loading_twice_and_unloading_what_is_not_there_are_no_ops(
         await engine.unmerge_adapter()
         await engine.merge_adapter(adapters[0].key)
         await engine.merge_adapter(adapters[0].key)
+
+
+class Counting(TorchExecutor):
+    """Slow to prepare; fails for adapters named bad."""
+
+    num_changes = 0
+
+    def prepare_slots(self, contents: Mapping[int, AdapterWeights | None], tails: Any) -> Commit:
+        time.sleep(0.05)
+        self.num_changes += 1
+        if any(adapter and adapter.key.startswith("bad") for adapter in contents.values()):
+            raise OSError("the disk is gone")
+        return super().prepare_slots(contents, tails)
+
+
+async def test_changes_that_are_wanted_at_once_are_made_at_once(
+    tiny_llama: Path,
+    adapters: list[AdapterWeights],
+    tails: MemoryTails,
+    want: Mapping[tuple[str | None, int], list[int]],
+) -> None:
+    """Those that come while the first is prepared: a load, and one in the place of the first."""
+    first, second, third = adapters
+    async with running(tiny_llama, tails, make=Counting, max_slots=2) as engine:
+        await asyncio.gather(
+            engine.load_adapter(first),
+            engine.load_adapter(second),
+            engine.load_adapter(third, instead_of=first.key),
+        )
+        assert engine._executor.num_changes == 2  # type: ignore[attr-defined]
+        found = await collect_all(engine, requests([None, second.key, third.key]))
+        assert_tokens(found, want)
+        with pytest.raises(KeyError):
+            await collect(engine, request("gone", prompt(3), adapter=first.key))
+
+
+async def test_one_that_cannot_be_made_takes_no_other_with_it(
+    tiny_llama: Path,
+    adapters: list[AdapterWeights],
+    tails: MemoryTails,
+    want: Mapping[tuple[str | None, int], list[int]],
+) -> None:
+    first, second, third = adapters
+    bad = AdapterWeights("bad@1", first.modules)
+    async with running(tiny_llama, tails, [first], Counting, max_slots=3) as engine:
+        results = await asyncio.gather(
+            engine.load_adapter(first),  # is there
+            engine.load_adapter(second),
+            engine.load_adapter(bad, instead_of=first.key),
+            engine.load_adapter(third),
+            return_exceptions=True,
+        )
+        assert [type(result) for result in results] == [NoneType, NoneType, OSError, NoneType]
+        keys = [None, first.key, second.key, third.key]
+        assert_tokens(await collect_all(engine, requests(keys)), want)
 
 
 async def test_what_does_not_fit_is_refused_and_leaves_the_slot_free(
