@@ -13,6 +13,7 @@ from benchmarks.peers.measures import Pair, Side
 from kasa_runtime.types import AdapterMethod
 
 OURS = "benchmarks.peers.ours"
+SERVED = "benchmarks.peers.served"
 OURS_ON_VLLM = "benchmarks.peers.ours_on_vllm"
 TELEMETRY = "openvino-telemetry"  # without it, OpenVINO reports nothing
 TRANSFORMERS = Environment("transformers")
@@ -50,6 +51,12 @@ def ours_on_vllm(name: str, engine: Mapping[str, Any], method: AdapterMethod) ->
     return System(name, OURS_ON_VLLM, tuple(Mix), KASA_VLLM, settings=settings, method=method)
 
 
+def served(name: str, module: str, *flags: str) -> System:
+    """Our server over gRPC, with these flags of `kasa serve`."""
+    settings = {"module": module, "flags": list(flags)}
+    return System(name, SERVED, tuple(Mix), settings=settings, method=AdapterMethod.KASA)
+
+
 SYSTEMS = {
     system.name: system
     for system in (
@@ -58,6 +65,8 @@ SYSTEMS = {
         ours("ours-lora", {"executor": "openvino"}, AdapterMethod.LORA),
         ours_on_vllm("ours-vllm", {"max_lora_rank": 2 * RANK}, AdapterMethod.KASA),  # r + t
         ours_on_vllm("ours-vllm-lora", {"max_lora_rank": RANK}, AdapterMethod.LORA),
+        served("ours-grpc", "kasa_runtime.cli", "--log-level", "info", "--log-format", "json"),
+        served("ours-grpc-unobserved", "benchmarks.peers.unobserved", "--log-level", "error"),
         System("transformers", "benchmarks.peers.transformers", environment=TRANSFORMERS),
         System("peft", "benchmarks.peers.peft", (Mix.MIXED,), TRANSFORMERS),
         System("vllm", "benchmarks.peers.vllm", environment=VLLM),
@@ -111,6 +120,9 @@ def _pairs_of(name: str) -> list[Pair]:
         Pair(Side(name, Mix.ONE), Side("llama.cpp", Mix.ONE)),
         Pair(mixed, Side(f"{name}-lora", Mix.MIXED)),  # the cost of the tails
     ]
+    if name == "ours-grpc":
+        unobserved = Side("ours-grpc-unobserved", Mix.BASE)
+        found += [Pair(base, unobserved), Pair(base, unobserved, measure="ttft_s")]
     if name != "ours":
         found += [Pair(base, Side("ours", Mix.BASE)), Pair(mixed, Side("ours", Mix.MIXED))]
     return found
