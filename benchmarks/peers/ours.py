@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 import threading
-from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.peers.cases import adapter_name
 from benchmarks.peers.child import KV_CACHE_GIB, Arrivals, Peer, serve
+from benchmarks.peers.holding import hold, own_copy
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.runtime import Runtime, RuntimeConfig
 from kasa_runtime.types import GenerationRequest, SamplingParams
@@ -24,9 +21,7 @@ class Ours(Peer):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._loop = asyncio.Runner()
-        # A copy: the store keeps its state in the directory, and other processes have their own.
-        adapters_dir = Path(tempfile.mkdtemp(dir=settings["scratch_dir"]))
-        shutil.copytree(settings["adapters_dir"], adapters_dir, dirs_exist_ok=True)
+        adapters_dir = own_copy(settings)
         native = EngineConfig(
             **{
                 "threads": settings["threads"],
@@ -46,19 +41,10 @@ class Ours(Peer):
     def prepare(self, num_held: int, merged: bool) -> bool:
         if (num_held, merged) == (self._held, self._merged):
             return False
-        self._loop.run(self._hold(num_held, merged))
+        self._loop.run(hold(self._runtime, self._held, num_held, merged))
         self._held, self._merged = num_held, merged
-        return True
-
-    async def _hold(self, num_held: int, merged: bool) -> None:
-        await self._runtime.unmerge_adapter()
-        for i in range(num_held, self._held):
-            await self._runtime.unload_adapter(adapter_name(i))
-        for i in range(self._held, num_held):
-            await self._runtime.load_adapter(adapter_name(i))
-        if merged:
-            await self._runtime.merge_adapter(adapter_name(0))
         wait_until_settled()
+        return True
 
     def run(self, prompts: list[list[int]], adapters: list[str], tokens: int) -> Arrivals:
         return self._loop.run(self._run(prompts, adapters, tokens))

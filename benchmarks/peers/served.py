@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.cases import adapter_name
 from benchmarks.peers.child import KV_CACHE_GIB, Arrivals, Peer, serve
+from benchmarks.peers.holding import hold, own_copy
 from kasa_runtime.client import AsyncClient
 from kasa_runtime.types import SamplingParams
 
@@ -28,11 +25,8 @@ class Served(Peer):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._loop = asyncio.Runner()
-        # A copy: the store keeps its state in the directory, and other processes have their own.
-        adapters_dir = Path(tempfile.mkdtemp(dir=settings["scratch_dir"]))
-        shutil.copytree(settings["adapters_dir"], adapters_dir, dirs_exist_ok=True)
         command = [sys.executable, "-m", settings["module"], "serve", *settings["flags"]]
-        command += ["--model", settings["model"], "--adapters-dir", str(adapters_dir)]
+        command += ["--model", settings["model"], "--adapters-dir", str(own_copy(settings))]
         command += ["--host", "127.0.0.1", "--grpc-port", "0", "--http-port", "0"]
         command += ["--threads", str(settings["threads"]), "--kv-cache-gib", str(KV_CACHE_GIB)]
         command += ["--max-slots", str(max(1, settings["num_adapters"])), "--no-prefix-caching"]
@@ -49,19 +43,10 @@ class Served(Peer):
     def prepare(self, num_held: int, merged: bool) -> bool:
         if (num_held, merged) == (self._held, self._merged):
             return False
-        self._loop.run(self._hold(num_held, merged))
+        self._loop.run(hold(self._client, self._held, num_held, merged))
         self._held, self._merged = num_held, merged
         time.sleep(SETTLED_S)
         return True
-
-    async def _hold(self, num_held: int, merged: bool) -> None:
-        await self._client.unmerge_adapter()
-        for i in range(num_held, self._held):
-            await self._client.unload_adapter(adapter_name(i))
-        for i in range(self._held, num_held):
-            await self._client.load_adapter(adapter_name(i))
-        if merged:
-            await self._client.merge_adapter(adapter_name(0))
 
     def run(self, prompts: list[list[int]], adapters: list[str], tokens: int) -> Arrivals:
         return self._loop.run(self._run(prompts, adapters, tokens))
