@@ -1,8 +1,8 @@
 """Clients of a server, for threads (`Client`) and for asyncio (`AsyncClient`).
 
-With `client_wire.py` and `client_upload.py` the one place outside `server/` that knows gRPC;
-callers see the library's types. Errors are those of `kasa_runtime.errors`; a deadline that passes
-is a TimeoutError. Methods that both clients have are described at `Client`.
+With the other `client_*.py` the one place outside `server/` that knows gRPC; callers see the
+library's types. Errors are those of `kasa_runtime.errors`; a deadline that passes is a
+TimeoutError. Methods that both clients have are described at `Client`.
 """
 
 from __future__ import annotations

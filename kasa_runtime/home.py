@@ -37,12 +37,6 @@ def remembered(
     return known
 
 
-def is_remembered(kind: str, made_of: Mapping[str, str]) -> bool:
-    """Whether `remembered` need not make it."""
-    key = _sha256(json.dumps(made_of, sort_keys=True))
-    return _read(kasa_home() / kind / f"{key[:32]}.json", key) is not None
-
-
 def keep(path: Path, text: str) -> None:
     """Write a file of the cache, by rename. Best effort: a full or read-only disk costs the next
     start time."""

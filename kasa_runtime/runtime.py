@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -24,7 +24,7 @@ from contextlib import (
 )
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from kasa_runtime.adapter.names import is_name
 from kasa_runtime.admission import Admission, Visit
@@ -163,8 +163,6 @@ def begin(config: RuntimeConfig) -> Beginning:
     reader = ThreadPoolExecutor(1, "kasa-tokenizer")
     tokenizer = reader.submit(Tokenizer, model_dir)
     reader.shutdown(wait=False)
-    if not Tokenizer.is_remembered(model_dir):
-        wait([tokenizer])  # imports transformers, which no two threads can at once
     return Beginning(model_dir, graph, tokenizer)
 
 
@@ -218,10 +216,12 @@ class Runtime:
         from kasa_runtime.adapter.tails import TailCache
         from kasa_runtime.engine.factory import make_engine
 
+        # First of what may import transformers, which no two threads can at once.
+        tokenizer = await asyncio.wrap_future(begun.tokenizer)
         tails = await in_background(TailCache.for_model, model_dir)
         store = AdapterStore(config.adapters_dir, config.keep_versions)
         engine = make_engine(config.engine, model_dir, tails, config.native, begun.graph)
-        tokenizer = await _start(engine, begun.tokenizer)
+        await engine.start()
         manager = AdapterManager(
             store,
             tails,
@@ -526,20 +526,6 @@ class Runtime:
             return
         async with self._manager.lease(adapter) as lease:
             yield lease
-
-
-async def _start(engine: Engine, tokenizer: Future[Tokenizer]) -> Tokenizer:
-    """Wait for both; raises what either does, and then leaves no engine running."""
-    reading = asyncio.wrap_future(tokenizer)
-    starting = asyncio.create_task(engine.start())
-    both: list[asyncio.Future[Any]] = [reading, starting]
-    await asyncio.wait(both)
-    errors = [error for task in both if (error := task.exception())]
-    if errors and starting.exception() is None:
-        await engine.close()
-    for error in errors:
-        raise error
-    return reading.result()
 
 
 def _describe(

@@ -17,7 +17,7 @@ import tokenizers
 
 from kasa_runtime.detokenizer import Detokenizer
 from kasa_runtime.errors import InvalidRequest, ModelError
-from kasa_runtime.home import is_remembered, remembered
+from kasa_runtime.home import remembered
 from kasa_runtime.types import ChatMessage, SamplingParams
 
 VERSION = 1
@@ -40,14 +40,6 @@ class Tokenizer:
         self._backend.encode_special_tokens = known["encode_special_tokens"]
         self._templates: dict[str, str] = known["chat_templates"]
         self._special_tokens: dict[str, str] = known["special_tokens"]
-
-    @staticmethod
-    def is_remembered(model_dir: Path) -> bool:
-        """Whether it can be made without transformers."""
-        try:
-            return is_remembered("tokenizers", _made_of(model_dir))
-        except OSError:
-            return False
 
     @property
     def has_chat_template(self) -> bool:
