@@ -144,7 +144,9 @@ def _entries(name: str, values: Any, where: str) -> Iterable[tuple[str, Caller]]
     digests: Any = values.get("sha256")
     digests = [digests] if isinstance(digests, str) else digests
     if not digests or not _are_strings(digests) or not all(map(_SHA256.fullmatch, digests)):
-        raise ConfigError(f"{where}: {name}.sha256 must be 64 lower-case hex digits, or some such")
+        raise ConfigError(
+            f"{where}: {name}.sha256 must be 64 lower-case hex digits, or an array of such"
+        )
     for action in Action:
         if not _are_strings(values.get(action, [])):
             raise ConfigError(f"{where}: {name}.{action} must be an array of patterns")

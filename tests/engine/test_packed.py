@@ -42,7 +42,7 @@ def test_filled_once_and_shown_from_then_on(tmp_path: Path) -> None:
     first, second = filled(tmp_path), filled(tmp_path)
     assert (first.calls, second.calls) == (1, 0)
     assert same(first.weights, second.weights)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("packed-*"))) == 1
 
 
 def test_of_other_layers_is_another_file(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_of_other_layers_is_another_file(tmp_path: Path) -> None:
 
 def test_torn_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = filled(tmp_path)
-    [path] = tmp_path.iterdir()
+    [path] = tmp_path.glob("packed-*/*")
     path.write_bytes(path.read_bytes()[:-1])
     with caplog.at_level(logging.WARNING):
         assert filled(tmp_path).calls == 1
@@ -66,7 +66,8 @@ def test_torn_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_without_a_disk_they_are_filled_every_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    nowhere = tmp_path / "missing"
+    nowhere = tmp_path / "file" / "missing"
+    nowhere.parent.touch()
     with caplog.at_level(logging.WARNING):
         assert [filled(nowhere).calls, filled(nowhere).calls] == [1, 1]
     assert "the next start takes longer" in caplog.text
@@ -76,7 +77,7 @@ def test_settled_weights_outlive_their_file(tmp_path: Path) -> None:
     """They are the process's own: what becomes of the file changes nothing."""
     first, second = filled(tmp_path), filled(tmp_path)
     second.weights.settle()
-    [path] = tmp_path.iterdir()
+    [path] = tmp_path.glob("packed-*/*")
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert same(first.weights, second.weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -12,10 +11,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kasa_runtime.base_model.cache import build_once
 from kasa_runtime.engine.native import huge_pages
+from kasa_runtime.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
+FILE = "weights.bin"
 LAYOUT = 1
 """Of what is stored; raise it when that changes."""
 PANEL = 32
@@ -47,38 +49,40 @@ class PackedWeights(Mapping[str, NDArray[np.float32]]):
         return len(self._arrays)
 
     def show_or_fill(self, directory: Path, fill: Callable[[], None]) -> None:
-        """Show the file of the directory that holds what `fill` fills them with, or make it. Best
-        effort: where the disk refuses, they are filled at every start."""
+        """Show the file under the directory that holds what `fill` fills them with, or make it.
+        Best effort: where the disk refuses, they are filled at every start."""
         if not self._arrays:
             return
         digest = hashlib.sha256(self._made_of.encode()).hexdigest()[:16]
-        path = directory / f"packed-{digest}.bin"
-        try:
-            with path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size != len(self._memory):
-                    raise ValueError("it is not whole")
-                huge_pages.show(file.fileno(), self._memory)
-                self._is_shown = True
-                return
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:
-            logger.warning("%s: not used and made again (%s)", path, error)
+        final = directory / f"packed-{digest}"
+        if self._show(final / FILE):
+            return
         fill()
         try:
-            self._write(path)
-        except OSError as error:
-            logger.warning("%s: cannot be kept, the next start takes longer (%s)", path, error)
+            build_once(final, self._write, is_complete=self._is_whole, say=logger.info)
+        except ModelError as error:
+            logger.warning("%s; the next start takes longer", error)
 
-    def _write(self, path: Path) -> None:
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
+    def _show(self, path: Path) -> bool:
         try:
-            with staged.open("wb") as file:
-                file.write(self._memory)
-                os.fsync(file.fileno())  # a power cut must not tear weights
-            staged.replace(path)
-        finally:
-            staged.unlink(missing_ok=True)
+            with path.open("rb") as file:
+                if not self._is_whole(path.parent):
+                    raise ValueError("it is not whole")
+                huge_pages.show(file.fileno(), self._memory)
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError) as error:
+            logger.warning("%s: not used and made again (%s)", path, error)
+            return False
+        self._is_shown = True
+        return True
+
+    def _is_whole(self, final: Path) -> bool:
+        path = final / FILE
+        return path.is_file() and path.stat().st_size == len(self._memory)
+
+    def _write(self, to: Path) -> None:
+        (to / FILE).write_bytes(self._memory)
 
     def settle(self) -> None:
         """Move them from a file's pages to huge ones, beside whatever reads them."""
