@@ -128,6 +128,30 @@ class SamplingParams:
             _require(0 <= self.logprobs <= 20, "logprobs", "from 0 to 20", self.logprobs)
 
 
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """The form that a generated text must have; exactly one of the fields says it. Raises
+    InvalidRequest naming `structured_output`."""
+
+    json_schema: str | None = None  # a JSON Schema, as JSON text; "{}" is any JSON value
+    regex: str | None = None  # the whole text matches it
+    choice: tuple[str, ...] = ()  # the text is one of these
+    grammar: str | None = None  # a context-free grammar in Lark's syntax, from its rule `start`
+
+    def __post_init__(self) -> None:
+        given = [
+            name
+            for name in ("json_schema", "regex", "choice", "grammar")
+            if getattr(self, name) not in (None, ())
+        ]
+        if len(given) != 1:
+            raise InvalidRequest(
+                "structured_output",
+                "must be one of json_schema, regex, choice, grammar, got "
+                + (" and ".join(given) or "none"),
+            )
+
+
 def _within(value: float, low: float, high: float) -> bool:
     return math.isfinite(value) and low <= value <= high
 
@@ -169,6 +193,8 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     deadline_s: float | None = None
     cache_salt: str = ""
+    structured_output: StructuredOutput | None = None
+    prompt_logprobs: int | None = None  # None: none; n: of each prompt token and the n likeliest
     trace: Trace | None = field(default=None, compare=False)
 
 
@@ -212,6 +238,8 @@ class TokenChunk:
     adapter: str = BASE  # resolved "name@version"; "" for the base model
     mode: Mode = Mode.BASE
     timing: Timing | None = None
+    # Of the prompt's tokens, whose first follows nothing; in the first chunk, where asked for.
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
