@@ -26,6 +26,7 @@ from kasa_runtime.runtime import Beginning, Runtime, RuntimeConfig
 from kasa_runtime.types import AdapterInfo
 from server.access import Gate
 from server.adapter_service import AdapterService
+from server.chunks import Pace
 from server.config import ServerConfig
 from server.convert import MAX_CHUNK_BYTES
 from server.generation_service import GenerationService
@@ -73,6 +74,7 @@ class Edge(Metrics):
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config.max_adapter_labels)
         self.gate = Gate(config)
+        self.pace = Pace(config.stream_interval)
         self.health = Health(self.gate)
         self.certificates = Certificates(config.tls) if config.tls.enabled else None
         endpoint = config.otlp_endpoint
@@ -114,6 +116,7 @@ class Server:
                 runtime,
                 edge.gate,
                 edge,
+                edge.pace,
                 log_prompts=self._config.log_prompts,
                 tracing=self._edge.tracing,
             ),

@@ -12,7 +12,7 @@ from kasa_runtime.tokens import Action
 from kasa_runtime.types import FinishReason, GenerationRequest, TokenChunk
 from server import convert, logs
 from server.access import Gate
-from server.chunks import coalesced, merge_chunks
+from server.chunks import Pace, coalesced, merge_chunks
 from server.metrics import Metrics
 from server.rpc import Call, rpc
 from server.status import DeadlineExpired
@@ -29,12 +29,14 @@ class GenerationService:
         runtime: Runtime,
         gate: Gate,
         metrics: Metrics,
+        pace: Pace | None = None,
         *,
         log_prompts: bool = False,
         tracing: Tracing | None = None,
     ) -> None:
         self._runtime = runtime
         self._metrics = metrics
+        self._pace = pace
         self._log_prompts = log_prompts
         self._tracing = tracing
         self.gate = gate
@@ -57,7 +59,7 @@ class GenerationService:
         # Written, not yielded: a generator suspended in a yield would not see the cancellation.
         with self._traced(self._request(message, call), call) as request:
             delivery = self._metrics.delivery(request.adapter, call.arrival_s)
-            async with aclosing(coalesced(self._runtime.generate(request))) as chunks:
+            async with aclosing(coalesced(self._runtime.generate(request), self._pace)) as chunks:
                 async for chunk in chunks:
                     await call.write(convert.stream_response(chunk))
                     delivery.wrote(chunk)
