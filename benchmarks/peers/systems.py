@@ -66,6 +66,7 @@ SYSTEMS = {
         ours_on_vllm("ours-vllm", {"max_lora_rank": 2 * RANK}, AdapterMethod.KASA),  # r + t
         ours_on_vllm("ours-vllm-lora", {"max_lora_rank": RANK}, AdapterMethod.LORA),
         served("ours-grpc", "kasa_runtime.cli", "--log-level", "info", "--log-format", "json"),
+        served("ours-grpc-every-token", "kasa_runtime.cli", "--stream-interval", "1"),
         served("ours-grpc-unobserved", "benchmarks.peers.unobserved", "--log-level", "error"),
         System("transformers", "benchmarks.peers.transformers", environment=TRANSFORMERS),
         System("peft", "benchmarks.peers.peft", (Mix.MIXED,), TRANSFORMERS),
