@@ -34,6 +34,7 @@ from server.health import Health
 from server.http.app import build_app
 from server.http.listener import Listener
 from server.http.metrics import HttpMetrics
+from server.http.openai.routes import openai_routes
 from server.http.pages import Pages
 from server.metrics import Metrics
 from server.model_service import ModelService
@@ -104,7 +105,11 @@ class Server:
             runtime, edge, log_prompts=config.log_prompts, tracing=edge.tracing
         )
         self._pages = Pages(runtime, edge, edge.gate, vllm_metrics=config.vllm_metrics)
-        routes = self._pages.routes()
+        body_bytes = int(config.clients.max_message_mib * 2**20)
+        routes = [
+            *self._pages.routes(),
+            *openai_routes(runtime, self._generating, edge.gate, body_bytes),
+        ]
         self._http = Listener(build_app(routes, HttpMetrics(edge.registry)), config.http)
         self._stop = asyncio.Event()
         self._drain = True
