@@ -153,7 +153,8 @@ class FakeRuntime:
             logprobs = ()
             if request.sampling.logprobs is not None:
                 logprobs = (TokenLogprobs(index, -0.5, ((index, -0.5), (7, -1.5))),)
-            yield TokenChunk(word + " ", (index,), logprobs)
+            of_prompt = _prompt_logprobs(request, len(words)) if index == 0 else ()
+            yield TokenChunk(word + " ", (index,), logprobs, prompt_logprobs=of_prompt)
         yield TokenChunk(
             text="",
             token_ids=(),
@@ -240,3 +241,12 @@ class FakeRuntime:
             running_adapters={"style": 2},
             waiting_adapters={"": 1, "unknown": 2, "warm": 1},
         )
+
+
+def _prompt_logprobs(
+    request: GenerationRequest, num_tokens: int
+) -> tuple[TokenLogprobs | None, ...]:
+    if request.prompt_logprobs is None:
+        return ()
+    top = ((7, -0.25), (8, -2.5))[: request.prompt_logprobs]
+    return (None, *(TokenLogprobs(i, -float(i), top) for i in range(1, num_tokens)))
