@@ -14,8 +14,9 @@ from torch import Tensor
 from kasa_runtime.engine.native.scheduler import ScheduledBatch
 from kasa_runtime.types import TokenLogprobs
 
-SLAB = 16
-"""Rows that are looked at together: so many fit the processor's cache, and need little memory."""
+SLAB, SLAB_ON_GPU = 2**18, 2**24
+"""Logits that are looked at together: so many fit the processor's cache, or keep a GPU busy, and
+what is made of them is small beside them all."""
 
 
 def score_prompts(logits: Tensor, batch: ScheduledBatch) -> Tensor:
@@ -38,9 +39,11 @@ def score_prompts(logits: Tensor, batch: ScheduledBatch) -> Tensor:
 def _logprobs(logits: Tensor, token_ids: Rows[int], num_top: int) -> list[TokenLogprobs]:
     """Of each row of `logits` (rows, vocab) that of its token, and the `num_top` highest."""
     ids = torch.tensor(token_ids, device=logits.device)[:, None]
-    num_top = min(num_top, logits.shape[1])
+    vocab = logits.shape[1]
+    num_top = min(num_top, vocab)
+    slab = max(1, (SLAB if logits.is_cpu else SLAB_ON_GPU) // vocab)
     parts = []
-    for rows, row_ids in zip(logits.split(SLAB), ids.split(SLAB), strict=True):
+    for rows, row_ids in zip(logits.split(slab), ids.split(slab), strict=True):
         values = torch.log_softmax(rows, dim=-1)  # (slab, vocab)
         parts.append((values.gather(1, row_ids), *values.topk(num_top)))
     own, best, best_ids = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
