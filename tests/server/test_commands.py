@@ -52,7 +52,7 @@ async def test_generate_with_a_cache_salt(served, kasa):
 
 async def test_generate_with_log_probabilities_of_the_prompt(served, kasa):
     out = await kasa("generate", "one two", "--prompt-logprobs", "1", "--json")
-    second = {"token_id": 1, "logprob": -1.0, "top": [[7, -0.25]]}
+    second = {"token_id": 1, "logprob": -0.25, "top": [[1, -0.25]]}
     assert json.loads(out)["prompt_logprobs"] == [None, second]
     await kasa("generate", "one two")
     assert [request.prompt_logprobs for request in served.runtime.requests] == [1, None]
