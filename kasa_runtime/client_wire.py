@@ -40,6 +40,7 @@ class GenerateOptions(TypedDict, total=False):
     timeout_s: float | None  # default: none
     request_id: str  # for the server's log
     cache_salt: str  # only requests with the same one share cached prefixes; default: ""
+    prompt_logprobs: int | None  # of the prompt's tokens, and of so many likeliest; default: none
 
 
 class Stubs:
@@ -141,6 +142,7 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> Any:
         tokens=None if token_ids is None else generation_pb2.TokenIds(ids=token_ids),
         sampling=generation_pb2.SamplingParams(**sampling),
         cache_salt=options.get("cache_salt", ""),
+        prompt_logprobs=options.get("prompt_logprobs"),
     )
 
 
@@ -184,6 +186,7 @@ def chunk(message: Any) -> t.TokenChunk:
         adapter=message.adapter,
         mode=_enum(t.Mode, generation_pb2.Mode, message.mode) or t.Mode.BASE,
         timing=_same(t.Timing, timing) if message.HasField("timing") else None,
+        prompt_logprobs=_prompt_logprobs(message.prompt_logprobs),
     )
 
 
@@ -229,6 +232,11 @@ def _adapter_of(response: Any) -> t.AdapterInfo:
 def _logprobs(entry: Any) -> t.TokenLogprobs:
     top = tuple((each.token_id, each.logprob) for each in entry.top)
     return t.TokenLogprobs(entry.token_id, entry.logprob, top)
+
+
+def _prompt_logprobs(entries: Sequence[Any]) -> tuple[t.TokenLogprobs | None, ...]:
+    """The first token's is None, as it follows nothing."""
+    return (None, *map(_logprobs, entries[1:])) if entries else ()
 
 
 def _same(result: type[Result], message: Any) -> Result:

@@ -498,6 +498,7 @@ class Runtime:
                 request.deadline_s,
                 generation.name,
                 request.cache_salt,
+                request.prompt_logprobs,
             )
             key = lease.key if lease else BASE
             self._merge_policy.count(key, len(generation.prompt_ids))

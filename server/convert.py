@@ -52,6 +52,7 @@ def generation_request(
         sampling=_sampling(message.sampling),
         deadline_s=deadline_s,
         cache_salt=cache_salt(message.cache_salt),
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         **_input(message),
     )
 
@@ -209,6 +210,7 @@ def _chunk_fields(chunk: TokenChunk) -> dict[str, Any]:
         "text": chunk.text,
         "token_ids": chunk.token_ids,
         "logprobs": [_logprobs(entry) for entry in chunk.logprobs],
+        "prompt_logprobs": [_logprobs(entry) for entry in chunk.prompt_logprobs],
     }
     if chunk.finish_reason is None:
         return fields
@@ -228,7 +230,10 @@ def _chunk_fields(chunk: TokenChunk) -> dict[str, Any]:
     return fields
 
 
-def _logprobs(entry: TokenLogprobs) -> generation_pb2.TokenLogprobs:
+def _logprobs(entry: TokenLogprobs | None) -> generation_pb2.TokenLogprobs:
+    """Empty for None, as a prompt's first token has it."""
+    if entry is None:
+        return generation_pb2.TokenLogprobs()
     return generation_pb2.TokenLogprobs(
         token_id=entry.token_id,
         logprob=entry.logprob,

@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     default="",
     help="share cached beginnings of prompts only with requests that say the same",
 )
+@click.option(
+    "--prompt-logprobs",
+    type=int,
+    help="log-probabilities of the prompt's tokens and of this many likeliest, with --json",
+)
 @address_option
 @sampling_options
 def command(
@@ -54,6 +59,7 @@ def command(
     as_json: bool,
     timeout_s: float | None,
     cache_salt: str,
+    prompt_logprobs: int | None,
     address: str,
     **sampling: Any,
 ) -> None:
@@ -68,6 +74,7 @@ def command(
         "sampling": sampling_of(sampling),
         "timeout_s": timeout_s,
         "cache_salt": cache_salt,
+        "prompt_logprobs": prompt_logprobs,
     }
     if stream is None:
         stream = sys.stdout.isatty() and not as_json

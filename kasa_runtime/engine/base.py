@@ -30,13 +30,15 @@ class EngineRequest:
     deadline_s: float | None = None
     client: str = ""
     cache_salt: str = ""
+    prompt_logprobs: int | None = None  # as of GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
     """What one step added to a request; the last one has `finish_reason`. `scheduled_s`
     (time.monotonic) is when the request first entered a step; None while it never did.
-    `num_cached_tokens` of its prompt were then found in the cache."""
+    `num_cached_tokens` of its prompt were then found in the cache. `prompt_logprobs` is with its
+    first token."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -45,6 +47,7 @@ class EngineOutput:
     scheduled_s: float | None = None
     mode: Mode = Mode.BASE
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -455,6 +456,27 @@ async def test_logprobs_are_of_the_models_own_distribution(
         assert [i for i, _ in logprob.top] == best_ids.tolist()
         assert [p for _, p in logprob.top] == pytest.approx(best.tolist(), abs=1e-3)
     assert len(found) == len(result.token_ids) == 5
+
+
+async def test_a_prompts_logprobs_are_of_the_models_own_distribution(
+    engine: Engine, alone: Mapping[Key, Any], loaded: list[AdapterWeights]
+) -> None:
+    key, ids = loaded[0].key, PROMPTS[3]
+    wanted = request("a", ids, 3, key, temperature=2.0, seed=1, presence_penalty=1.0, **LONG)
+    for _ in range(2):  # the second time, of a prompt that is in the cache
+        result = await collect(engine, replace(wanted, prompt_logprobs=2))
+        first, *others = result.outputs
+        assert first.prompt_logprobs[0] is None and not any(o.prompt_logprobs for o in others)
+        rows = torch.log_softmax(logits_of(alone[key], ids), dim=-1)
+        for entry, token, row in zip(first.prompt_logprobs[1:], ids[1:], rows, strict=False):
+            assert entry is not None and entry.token_id == token
+            assert entry.logprob == pytest.approx(float(row[token]), abs=1e-3)
+            best, best_ids = row.topk(2)
+            assert [i for i, _ in entry.top] == best_ids.tolist()
+            assert [p for _, p in entry.top] == pytest.approx(best.tolist(), abs=1e-3)
+        assert len(first.prompt_logprobs) == len(ids)
+    own = await collect(engine, replace(wanted, prompt_logprobs=0))
+    assert [e and e.top for e in own.outputs[0].prompt_logprobs] == [None, *[()] * (len(ids) - 1)]
 
 
 async def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(engine: Engine) -> None:

@@ -35,6 +35,11 @@ def test_settings_become_arguments() -> None:
     assert arguments()["seed"] != arguments()["seed"], "every server draws anew"
 
 
+def test_log_probabilities_of_the_prompt_are_vllms_own() -> None:
+    assert sampling_arguments(SamplingParams())["prompt_logprobs"] is None
+    assert sampling_arguments(SamplingParams(logprobs=3), 0)["prompt_logprobs"] == 0
+
+
 def test_float32_is_the_cpus_and_the_models_own_dtype_the_gpus() -> None:
     assert arguments()["dtype"] == "float32"
     assert arguments(on_cpu=False)["dtype"] == "auto"

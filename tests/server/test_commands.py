@@ -50,6 +50,14 @@ async def test_generate_with_a_cache_salt(served, kasa):
     assert served.runtime.requests[0].cache_salt == "tenant"
 
 
+async def test_generate_with_log_probabilities_of_the_prompt(served, kasa):
+    out = await kasa("generate", "one two", "--prompt-logprobs", "1", "--json")
+    second = {"token_id": 1, "logprob": -0.25, "top": [[1, -0.25]]}
+    assert json.loads(out)["prompt_logprobs"] == [None, second]
+    await kasa("generate", "one two")
+    assert [request.prompt_logprobs for request in served.runtime.requests] == [1, None]
+
+
 async def test_generate_from_standard_input(kasa):
     assert await kasa("generate", "-", input="from a pipe") == "from a pipe \n"
 

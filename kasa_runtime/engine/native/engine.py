@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -27,6 +27,7 @@ from kasa_runtime.engine.base import Engine, EngineLimits, EngineOutput, EngineR
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.engine.native.block_manager import BlockManager
 from kasa_runtime.engine.native.executor import NO_SLOT, Commit, Executor, TailSource
+from kasa_runtime.engine.native.prompt_logprobs import score_prompts
 from kasa_runtime.engine.native.sampler import sample
 from kasa_runtime.engine.native.scheduler import Scheduler
 from kasa_runtime.engine.native.sequence import Sequence
@@ -231,7 +232,7 @@ class NativeEngine(Engine):
         if not batch.entries:
             return outputs
         sampling = batch.sampling
-        logits = self._executor.run(batch.pack())
+        logits = score_prompts(self._executor.run(batch.pack()), batch)
         tokens, logprobs = sample(logits, sampling, self._executor.eos_ids)
         self._num_steps += 1
         self._scheduler.computed(batch)
@@ -247,7 +248,8 @@ class NativeEngine(Engine):
             if reason is not None:
                 self._scheduler.finish(seq)
             found = (logprob,) if logprob is not None else ()
-            outputs.append(self._output(seq, (token,), found, reason))
+            of_prompt = seq.prompt_logprobs if seq.num_output_tokens == 1 else ()
+            outputs.append(self._output(seq, (token,), found, reason, of_prompt))
         return outputs
 
     def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
@@ -273,6 +275,7 @@ class NativeEngine(Engine):
         token_ids: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...],
         reason: FinishReason | None,
+        prompt_logprobs: Iterable[TokenLogprobs | None] = (),
     ) -> EngineOutput:
         return EngineOutput(
             seq.request.request_id,
@@ -282,6 +285,7 @@ class NativeEngine(Engine):
             seq.scheduled_s,
             self._mode(seq),
             seq.num_cached_tokens,
+            tuple(prompt_logprobs),
         )
 
     def _run(self, started: asyncio.Future[None]) -> None:
