@@ -220,7 +220,9 @@ class Runtime:
         tokenizer = await asyncio.wrap_future(begun.tokenizer)
         tails = await in_background(TailCache.for_model, model_dir)
         store = AdapterStore(config.adapters_dir, config.keep_versions)
-        engine = make_engine(config.engine, model_dir, tails, config.native, begun.graph)
+        engine = make_engine(
+            config.engine, model_dir, tails, config.native, begun.graph, tokenizer.backend
+        )
         await engine.start()
         manager = AdapterManager(
             store,
@@ -488,6 +490,7 @@ class Runtime:
                 request.deadline_s,
                 generation.name,
                 request.cache_salt,
+                request.structured_output,
             )
             key = lease.key if lease else BASE
             self._merge_policy.count(key, len(generation.prompt_ids))
