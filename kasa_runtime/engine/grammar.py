@@ -69,7 +69,7 @@ def limits() -> Any:
     well within them."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(step_max_items=5_000, max_lexer_states=50_000, verbose_errors=False)
+    return LLParserLimits(step_max_items=3_000, max_lexer_states=50_000, verbose_errors=False)
 
 
 def _of_schema(wanted: StructuredOutput, text: str) -> str:
@@ -79,10 +79,12 @@ def _of_schema(wanted: StructuredOutput, text: str) -> str:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise refusal(wanted, f"must be JSON: {error}") from error
-    if not isinstance(schema, dict | bool):
+    if schema is True:
+        schema, text = {}, "{}"
+    if not isinstance(schema, dict):
         raise refusal(wanted, f"must be an object or true, got {text.strip()[:80]}")
     # llguidance's own key for leaving keywords out and for text that is no JSON.
-    if isinstance(schema, dict) and "x-guidance" in schema:
+    if "x-guidance" in schema:
         raise refusal(wanted, "x-guidance is no keyword of JSON Schema; leave it out")
     try:
         return LLMatcher.grammar_from_json_schema(

@@ -14,6 +14,10 @@ import tokenizers
 
 from kasa_runtime.errors import ModelError
 
+MARK = "\x02"
+"""Goes before a text that is not at a beginning: no token joins it to what follows, and what a
+tokenizer puts before every text comes before it."""
+
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 Spelling = Callable[[str], bytes]
 
@@ -41,9 +45,32 @@ class Vocabulary:
             if added.special or re.fullmatch(r"<.+>", added.content, re.DOTALL):
                 special.add(token)
         self.special_token_ids = sorted(token for token in special if token < size)
+        self._plain = {
+            text: token for token, text in enumerate(self.tokens) if text and token not in special
+        }
+        self._longest = max(map(len, self._plain), default=0)
+        self._num_before = len(tokenizer.encode(MARK, add_special_tokens=False).ids)
 
     def __call__(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        """The tokens of a text that the grammar forces. They stand for exactly its bytes, also
+        where the model's own tokenizer would change it, or find special tokens in it."""
+        ids: list[int] = self._tokenizer.encode(MARK + text, add_special_tokens=False).ids
+        ids, whole = ids[self._num_before :], text.encode()
+        spelt = [self.tokens[token] for token in ids if token < len(self.tokens)]
+        if b"".join(spelt) == whole and all(piece in self._plain for piece in spelt):
+            return ids
+        return self._longest_first(whole)
+
+    def _longest_first(self, rest: bytes) -> list[int]:
+        """As far as there are tokens for it."""
+        ids = []
+        while rest:
+            ends = range(min(self._longest, len(rest)), 0, -1)
+            piece = next((rest[:end] for end in ends if rest[:end] in self._plain), None)
+            if piece is None:
+                break
+            ids.append(self._plain[piece])
+            rest = rest[len(piece) :]
         return ids
 
 
