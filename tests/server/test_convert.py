@@ -7,7 +7,14 @@ from kasa.v1 import generation_pb2 as pb
 from kasa.v1 import model_pb2
 
 from kasa_runtime.errors import InvalidRequest
-from kasa_runtime.types import ChatMessage, FinishReason, Mode, SamplingParams, TokenChunk
+from kasa_runtime.types import (
+    ChatMessage,
+    FinishReason,
+    Mode,
+    SamplingParams,
+    StructuredOutput,
+    TokenChunk,
+)
 from server import convert
 from server.chunks import merge_chunks
 
@@ -19,6 +26,21 @@ def converted(**fields):
 def test_the_cache_salt_arrives():
     assert converted(prompt="a").cache_salt == ""
     assert converted(prompt="a", cache_salt="ä" * 256).cache_salt == "ä" * 256
+
+
+@pytest.mark.parametrize(
+    ("wire", "want"),
+    [
+        ({"json_schema": "{}"}, StructuredOutput(json_schema="{}")),
+        ({"regex": ""}, StructuredOutput(regex="")),
+        ({"choice": pb.Choice(options=["a", ""])}, StructuredOutput(choice=("a", ""))),
+        ({"grammar": "start: /a/"}, StructuredOutput(grammar="start: /a/")),
+    ],
+)
+def test_every_form_of_a_structured_output_arrives(wire, want):
+    message = pb.StructuredOutput(**wire)
+    assert converted(prompt="a", structured_output=message).structured_output == want
+    assert converted(prompt="a").structured_output is None
 
 
 def chat(*messages):
@@ -73,6 +95,11 @@ def test_every_sampling_field_arrives():
         ({"prompt": "a", "adapter": "name@xyz"}, "adapter"),
         ({"prompt": "a", "adapter": "name\n"}, "adapter"),
         ({"prompt": "a", "cache_salt": "x" * 257}, "cache_salt"),
+        ({"prompt": "a", "structured_output": pb.StructuredOutput()}, "structured_output"),
+        (
+            {"prompt": "a", "structured_output": pb.StructuredOutput(choice=pb.Choice())},
+            "structured_output.choice.options",
+        ),
     ],
 )
 def test_bad_request_names_the_field(fields, field):

@@ -7,6 +7,7 @@ step it says which tokens may come next, as bits, and is told which one came.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Set
 from typing import Any
@@ -24,6 +25,10 @@ from kasa_runtime.types import StructuredOutput
 MAX_KNOWN = 64
 """Grammars that are kept compiled."""
 
+BUDGET_S, BUDGET_PER_TOKEN_S = 0.5, 0.002
+"""Of the step thread, for one request: the others wait meanwhile. A usual token takes less than a
+tenth of a millisecond; llguidance's own limits leave room for grammars that take a second."""
+
 Words = NDArray[np.int32]
 """(vocab / 32, rounded up): a bit for each token, the lowest one first."""
 
@@ -31,13 +36,14 @@ Words = NDArray[np.int32]
 class Constraint:
     """What one sequence's output has to follow, and how far it has. Step thread only.
 
-    Nothing is raised where the grammar leads nowhere or to one of llguidance's limits: `fill` then
-    allows the end of sequence, and `take` says why the sequence has to be ended."""
+    Nothing is raised where the grammar leads nowhere or takes too much: `fill` then allows the end
+    of sequence, and `take` says why the sequence has to be ended."""
 
     def __init__(self, matcher: Any, wanted: StructuredOutput, not_eos: Words) -> None:
         self._matcher = matcher
         self._wanted = wanted
         self._not_eos = not_eos
+        self._left_s = BUDGET_S
 
     @property
     def num_words(self) -> int:
@@ -52,15 +58,24 @@ class Constraint:
         """Set the bits of the tokens that may follow, those of the end of sequence among them where
         the output may end. There is always one. `go_on`: not to end while something else may
         follow."""
+        began_s = time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._left_s -= time.thread_time() - began_s
         if go_on and (others := words & self._not_eos).any():
             words[:] = others
 
     def take(self, token: int) -> InvalidRequest | None:
         """Go on by the token that came. Returns why it cannot, if so."""
-        if self._matcher.consume_token(token) and not self._matcher.is_error():
-            return None
-        return refusal(self._wanted, self._matcher.get_error())
+        began_s = time.thread_time()
+        taken = self._matcher.consume_token(token)
+        self._left_s += BUDGET_PER_TOKEN_S - (time.thread_time() - began_s)
+        if not taken or self._matcher.is_error():
+            return refusal(self._wanted, self._matcher.get_error())
+        if self._left_s < 0:
+            return refusal(
+                self._wanted, "is too complex: it takes too long to find what may follow"
+            )
+        return None
 
 
 class ConstraintMaker:
