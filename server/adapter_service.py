@@ -13,7 +13,7 @@ from kasa_runtime.tokens import Action
 from kasa_runtime.types import Observer, UploadManifest
 from server import convert
 from server.access import Gate
-from server.rpc import Call, rpc
+from server.rpc import RpcCall, rpc
 
 
 class AdapterService:
@@ -25,7 +25,7 @@ class AdapterService:
         self.gate = gate
 
     @rpc
-    async def UploadAdapter(self, messages: AsyncIterator[Any], call: Call) -> Any:
+    async def UploadAdapter(self, messages: AsyncIterator[Any], call: RpcCall) -> Any:
         manifest = await self._manifest(messages, call)
         async with self._runtime.upload(manifest) as upload:
             async for message in messages:
@@ -33,7 +33,7 @@ class AdapterService:
             info = await upload.commit()
         return adapters_pb2.UploadAdapterResponse(adapter=convert.adapter(info))
 
-    async def _manifest(self, messages: AsyncIterator[Any], call: Call) -> UploadManifest:
+    async def _manifest(self, messages: AsyncIterator[Any], call: RpcCall) -> UploadManifest:
         """The first message. Rejected here, where the runtime, which counts, never hears of it."""
         first = await anext(messages, adapters_pb2.UploadAdapterRequest())
         try:
@@ -46,20 +46,20 @@ class AdapterService:
         return manifest
 
     @rpc
-    async def ListAdapters(self, message: Any, call: Call) -> Any:
+    async def ListAdapters(self, message: Any, call: RpcCall) -> Any:
         size, after = convert.page(message)
         infos = [info for info in self._runtime.list_adapters() if call.caller.sees(info.name)]
         return convert.adapter_page(infos, size, after)
 
     @rpc
-    async def GetAdapter(self, message: Any, call: Call) -> Any:
+    async def GetAdapter(self, message: Any, call: RpcCall) -> Any:
         name = convert.adapter_ref("name", message.name)
         call.caller.require_sight(name)
         info = await self._runtime.get_adapter(name)
         return adapters_pb2.GetAdapterResponse(adapter=convert.adapter(info))
 
     @rpc
-    async def ListAdapterVersions(self, message: Any, call: Call) -> Any:
+    async def ListAdapterVersions(self, message: Any, call: RpcCall) -> Any:
         name = convert.adapter_name("name", message.name)
         call.caller.require_sight(name)
         versions = await self._runtime.list_adapter_versions(name)
@@ -68,14 +68,14 @@ class AdapterService:
         )
 
     @rpc
-    async def DeleteAdapter(self, message: Any, call: Call) -> Any:
+    async def DeleteAdapter(self, message: Any, call: RpcCall) -> Any:
         name = convert.adapter_name("name", message.name)
         _require_existing(call, Action.UPLOAD, name)
         await self._runtime.delete_adapter(name)
         return adapters_pb2.DeleteAdapterResponse()
 
     @rpc
-    async def RollbackAdapter(self, message: Any, call: Call) -> Any:
+    async def RollbackAdapter(self, message: Any, call: RpcCall) -> Any:
         name = convert.adapter_name("name", message.name)
         version = convert.adapter_version("version", message.version)
         _require_existing(call, Action.UPLOAD, name)
@@ -83,21 +83,21 @@ class AdapterService:
         return adapters_pb2.RollbackAdapterResponse(adapter=convert.adapter(info))
 
     @rpc
-    async def LoadAdapter(self, message: Any, call: Call) -> Any:
+    async def LoadAdapter(self, message: Any, call: RpcCall) -> Any:
         name = convert.adapter_ref("name", message.name)
         call.caller.require(Action.ADMINISTER, name)
         info = await self._runtime.load_adapter(name, pin=message.pin)
         return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(info))
 
     @rpc
-    async def UnloadAdapter(self, message: Any, call: Call) -> Any:
+    async def UnloadAdapter(self, message: Any, call: RpcCall) -> Any:
         name = convert.adapter_ref("name", message.name)
         call.caller.require(Action.ADMINISTER, name)
         info = await self._runtime.unload_adapter(name)
         return adapters_pb2.UnloadAdapterResponse(adapter=convert.adapter(info))
 
     @rpc
-    async def MergeAdapter(self, message: Any, call: Call) -> Any:
+    async def MergeAdapter(self, message: Any, call: RpcCall) -> Any:
         name = convert.adapter_ref("name", message.name)
         call.caller.require(Action.ADMINISTER, name)
         self._require_merged(call)
@@ -105,12 +105,12 @@ class AdapterService:
         return adapters_pb2.MergeAdapterResponse(adapter=convert.adapter(info))
 
     @rpc
-    async def UnmergeAdapter(self, message: Any, call: Call) -> Any:
+    async def UnmergeAdapter(self, message: Any, call: RpcCall) -> Any:
         self._require_merged(call)
         await self._runtime.unmerge_adapter()
         return adapters_pb2.UnmergeAdapterResponse()
 
-    def _require_merged(self, call: Call) -> None:
+    def _require_merged(self, call: RpcCall) -> None:
         """Whoever changes what is merged must be allowed to take out what is merged now."""
         merged = self._runtime.stats().merged_adapter
         if merged and not call.caller.may(Action.ADMINISTER, merged):
@@ -121,6 +121,6 @@ class AdapterService:
             raise PermissionDenied(f"token {call.caller.name!r} may not administer any adapter")
 
 
-def _require_existing(call: Call, action: Action, name: str) -> None:
+def _require_existing(call: RpcCall, action: Action, name: str) -> None:
     call.caller.require_sight(name)
     call.caller.require(action, name)
