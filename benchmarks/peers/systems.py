@@ -69,6 +69,7 @@ SYSTEMS = {
         ours_on_vllm("ours-vllm-lora", {"max_lora_rank": RANK}, AdapterMethod.LORA),
         served("ours-grpc", "kasa_runtime.cli", *LOGGING),
         served("ours-http", "kasa_runtime.cli", *LOGGING, driver=SERVED_HTTP),
+        served("ours-grpc-every-token", "kasa_runtime.cli", "--stream-interval", "1"),
         served("ours-grpc-unobserved", "benchmarks.peers.unobserved", "--log-level", "error"),
         System("transformers", "benchmarks.peers.transformers", environment=TRANSFORMERS),
         System("peft", "benchmarks.peers.peft", (Mix.MIXED,), TRANSFORMERS),
