@@ -38,15 +38,19 @@ class Generating:
         self._log_prompts = log_prompts
         self._tracing = tracing
 
-    async def chunks(self, request: GenerationRequest, call: Call) -> AsyncGenerator[TokenChunk]:
-        """Chunks of one generation, as `coalesced` makes them of the steps' at the server's pace. A
-        chunk counts as written to the client when the next is asked for. Closing this cancels.
+    async def chunks(
+        self, request: GenerationRequest, call: Call, *, as_stream: bool = False
+    ) -> AsyncGenerator[TokenChunk]:
+        """Chunks of one generation; those that came while the reader was busy arrive as one, and
+        `as_stream` as many as streams send at a time. A chunk counts as written to the client when
+        the next is asked for. Closing this cancels.
 
         Raises, beside what `Runtime.generate` does, PermissionDenied, and DeadlineExpired after
         the last chunk."""
         with self._traced(self._permitted(request, call), call) as request:
             delivery = self._metrics.delivery(request.adapter, call.arrival_s)
-            async with aclosing(coalesced(self._runtime.generate(request), self._pace)) as chunks:
+            pace = self._pace if as_stream else None
+            async with aclosing(coalesced(self._runtime.generate(request), pace)) as chunks:
                 async for chunk in chunks:
                     yield chunk
                     delivery.wrote(chunk)
