@@ -81,13 +81,16 @@ def _spelling(tokenizer: tokenizers.Tokenizer) -> Spelling:
     types = {decoder.get("type") for decoder in decoders}
     if "ByteLevel" in types:
         return _byte_level()
-    spaces = [
-        decoder.get("replacement") or decoder.get("pattern", {}).get("String", "")
+    signs = [decoder["replacement"] for decoder in decoders if decoder.get("type") == "Metaspace"]
+    signs += [
+        decoder["pattern"]["String"]
         for decoder in decoders
-        if decoder.get("type") == "Metaspace" or decoder.get("content") == " "
+        if decoder.get("type") == "Replace"
+        and decoder["content"] == " "
+        and "String" in decoder["pattern"]
     ]
-    if "ByteFallback" in types or spaces:
-        return _byte_fallback(spaces[0] if spaces else " ")
+    if "ByteFallback" in types or signs:
+        return _byte_fallback(signs[0] if signs else " ")
     raise ModelError(
         f"want a tokenizer of bytes or with byte fallback, found the decoder {found.get('type')}"
     )
