@@ -266,7 +266,7 @@ class LoadAdapter(Parameters):
 
     lora_name: str
     lora_path: str
-    load_inplace: bool | None = None
+    load_inplace: bool | None = None  # new files in the directory are a new version anyway
 
 
 class UnloadAdapter(Parameters):
