@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from kasa_runtime.errors import AdapterNotFound, InvalidRequest
 from kasa_runtime.runtime import Runtime
-from kasa_runtime.tokens import Action
+from kasa_runtime.tokens import Action, not_found
 from kasa_runtime.types import BASE, AdapterInfo, AdapterState
 from server import convert
 from server.http.body import read_json
@@ -42,7 +42,8 @@ class Models:
     async def get(self, request: Request, call: HttpCall) -> Response:
         name = request.path_params["model"]
         adapter = adapter_of(name, self._runtime.model.name)
-        call.caller.require_sight(adapter)
+        if not call.caller.sees(adapter):
+            raise AdapterNotFound(not_found(name), name=name)
         if adapter == BASE:
             return JSONResponse(self._base())
         info = await self._runtime.get_adapter(adapter)
