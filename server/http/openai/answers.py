@@ -45,13 +45,15 @@ class Choice(Protocol):
 
 @dataclass
 class Generations:
-    """Those of one request. `fields`: of the answer and of each event, beside choices and usage."""
+    """Those of one request. `fields`: of the answer and of each event, beside choices and usage;
+    `form`: the parameter that says the form of the answer."""
 
     generating: Generating
     gate: Gate
     call: HttpCall
     choices: Sequence[Choice]
     fields: Mapping[str, Any]
+    form: str
 
     async def whole(self) -> Response:
         """The answer when all have ended."""
@@ -68,7 +70,7 @@ class Generations:
     async def chunks(self, choice: Choice, *, as_stream: bool) -> AsyncGenerator[TokenChunk]:
         """Each generation counts against the client's limit, the first with its call."""
         place = self.gate.stream(self.call.client) if choice.index else nullcontext()
-        with place, named_as_asked():
+        with place, named_as_asked(self.form):
             generated = self.generating.chunks(choice.request, self.call, as_stream=as_stream)
             async with aclosing(generated) as chunks:
                 async for chunk in chunks:

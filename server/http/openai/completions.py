@@ -21,6 +21,7 @@ from server.http.openai.conversion import (
     MAX_TOKENS,
     Asked,
     adapter_of,
+    form_parameter,
     named_as_asked,
     structured_output,
 )
@@ -45,7 +46,8 @@ class Completions:
         with named_as_asked():
             choices = await self._choices(asked, call)
         fields = envelope(call, "cmpl", "text_completion", asked.model)
-        generations = Generations(self._generating, self._gate, call, choices, fields)
+        form = form_parameter(asked)
+        generations = Generations(self._generating, self._gate, call, choices, fields, form)
         if not asked.stream:
             return await generations.whole()
         options = asked.stream_options
