@@ -18,7 +18,8 @@ from server import convert
 from server.http.body import read_json
 from server.http.calls import HttpCall
 from server.http.openai.conversion import adapter_of
-from server.http.openai.requests import LoadAdapter, UnloadAdapter, parse
+from server.http.openai.parsing import parse
+from server.http.openai.requests import LoadAdapter, UnloadAdapter
 
 OWNER = "kasa"
 

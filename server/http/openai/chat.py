@@ -26,7 +26,8 @@ from server.http.openai.conversion import (
     structured_output,
 )
 from server.http.openai.logprobs import TokenBytes, of_chat, of_prompt
-from server.http.openai.requests import ChatParameters, parse
+from server.http.openai.parsing import parse
+from server.http.openai.requests import ChatParameters
 from server.http.openai.tools import ToolUse, call, tool_use
 
 

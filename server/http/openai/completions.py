@@ -26,7 +26,8 @@ from server.http.openai.conversion import (
     structured_output,
 )
 from server.http.openai.logprobs import CompletionLogprobs, of_prompt
-from server.http.openai.requests import MAX_CHOICES, CompletionParameters, parse
+from server.http.openai.parsing import parse
+from server.http.openai.requests import MAX_CHOICES, CompletionParameters
 
 
 class Completions:
