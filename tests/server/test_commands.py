@@ -293,3 +293,13 @@ def test_serve_passes_its_flags_on(monkeypatch):
     assert (runtime_config.model, runtime_config.adapters_dir) == ("m", Path("a"))
     assert runtime_config.limits.adapter_limit == ("style=4:200", "few=1")
     assert server_config == ServerConfig(grpc_port=0, http_port=9)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("adpters", "no command 'adpters'; did you mean adapters?"), ("xyz", "no command 'xyz'\n")],
+)
+def test_an_unknown_command_is_told_near_names(name, said):
+    result = CliRunner().invoke(cli, [name, "list"])
+    assert result.exit_code == 2
+    assert said in result.stderr
