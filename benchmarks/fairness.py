@@ -25,7 +25,8 @@ from benchmarks.peers.bench import machine, save
 from benchmarks.peers.measures import Spread
 from benchmarks.peers.report import show
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import GenerationRequest, SamplingParams
 
 PROMPT = "Play the new record of the band that we heard yesterday in number"

@@ -41,7 +41,8 @@ from benchmarks.registry import peft_loader
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.base_model.source import resolve
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import AdapterMethod
 
 NUM_COLD = 10

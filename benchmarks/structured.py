@@ -24,7 +24,8 @@ from pathlib import Path
 from benchmarks.peers.bench import machine, save
 from benchmarks.peers.measures import Spread, measures
 from benchmarks.peers.report import show
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import GenerationRequest, SamplingParams, StructuredOutput
 
 PROMPT = (

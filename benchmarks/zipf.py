@@ -28,7 +28,8 @@ from benchmarks.registry import write_adapters
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.base_model.source import resolve
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import AdapterMethod, GenerationRequest, SamplingParams
 
 NUM_REGISTERED, MANY, FEW = 1000, 100, 8

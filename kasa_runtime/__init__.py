@@ -13,7 +13,8 @@ from kasa_runtime.types import ChatMessage, GenerationRequest, SamplingParams, T
 
 if TYPE_CHECKING:
     from kasa_runtime.client import Client
-    from kasa_runtime.runtime import Runtime, RuntimeConfig
+    from kasa_runtime.runtime import Runtime
+    from kasa_runtime.runtime_config import RuntimeConfig
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ __all__ = [
 _LAZY = {
     "Client": "kasa_runtime.client",
     "Runtime": "kasa_runtime.runtime",
-    "RuntimeConfig": "kasa_runtime.runtime",
+    "RuntimeConfig": "kasa_runtime.runtime_config",
 }
 
 

@@ -11,7 +11,6 @@ import asyncio
 import gc
 import json
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,23 +21,21 @@ from contextlib import (
     asynccontextmanager,
     suppress,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from kasa_runtime.adapter.names import is_name
 from kasa_runtime.admission import Admission, Visit
 from kasa_runtime.background import in_background, on_loop_clock
-from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import (
     AdapterNotFound,
-    ConfigError,
-    InvalidRequest,
     KasaError,
     ShuttingDown,
 )
-from kasa_runtime.limits import Limits, LimitsConfig
-from kasa_runtime.merging import AutoMerge, MergeConfig, MergePolicy
+from kasa_runtime.limits import Limits
+from kasa_runtime.merging import AutoMerge, MergePolicy
+from kasa_runtime.prompts import Prompts
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import (
     BASE,
     AdapterInfo,
@@ -65,81 +62,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
-
-
-@dataclass(frozen=True)
-class RuntimeConfig:
-    """What to serve, and how."""
-
-    model: str = field(
-        default="smollm2-135m",
-        metadata={"help": "directory of safetensors, .gguf file, hub id, or smollm2-135m"},
-    )
-    adapters_dir: Path = field(
-        default=Path("adapters"), metadata={"help": "where adapters are put and uploaded to"}
-    )
-    engine: Literal["native", "vllm"] = field(
-        default="native",
-        metadata={"help": "what generates: the embedded engine, or vLLM (a package of its own)"},
-    )
-    poll_interval_s: float = field(
-        default=1.0,
-        metadata={
-            "help": "seconds that a directory of adapters has to stay as it is before it counts as "
-            "complete; also between looks at it where polling is needed"
-        },
-    )
-    watch: Literal["auto", "poll"] = field(
-        default="auto",
-        metadata={
-            "help": "how changes of the adapters directory are noticed: the file system tells, or "
-            "polling; auto polls on network mounts"
-        },
-    )
-    keep_versions: int = field(
-        default=5, metadata={"help": "versions of an adapter that are kept for rollback"}
-    )
-    start_wait_s: float = field(
-        default=2.0,
-        metadata={
-            "help": "seconds that a start waits at most for adapters that no earlier one has "
-            "checked; the rest is checked while others are served, what is asked for first"
-        },
-    )
-    host_cache_gib: float = field(
-        default=1.0,
-        metadata={
-            "help": "memory for adapters that are in no slot, in GiB: they come back without being "
-            "read again; 0: none"
-        },
-    )
-    pin: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "an adapter that always has a slot, whatever version the name stands for; may "
-            "be given several times, at most max_slots - 1 times"
-        },
-    )
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
-    merging: MergeConfig = field(default_factory=MergeConfig)
-    native: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self) -> None:
-        if self.keep_versions < 1:
-            raise ConfigError(f"keep_versions must be at least 1, got {self.keep_versions}")
-        if not self.poll_interval_s > 0:
-            raise ConfigError(f"poll_interval_s must be above 0, got {self.poll_interval_s}")
-        for name in ("start_wait_s", "host_cache_gib"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in self.pin:
-            if not is_name(name):
-                raise ConfigError(f"pin must be the name of an adapter, got {name!r}")
-        if len(set(self.pin)) >= self.native.max_slots and self.pin:
-            raise ConfigError(
-                f"pin has {len(set(self.pin))} names, and of the {self.native.max_slots} slots at "
-                "least one has to be left to others; pin fewer or raise max_slots"
-            )
 
 
 @dataclass(frozen=True)
@@ -194,8 +116,7 @@ class Runtime:
             self._auto_merge = AutoMerge(config.merging, manager, observer, self._merge_policy)
         self._fetching_ahead = asyncio.Semaphore(1)
         self._ahead: set[asyncio.Task[None]] = set()
-        # Threads of its own: the loop's are at times all busy with adapters and their tails.
-        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._prompts = Prompts(tokenizer, engine.limits, config.limits.max_prompt_tokens)
 
     @classmethod
     async def create(
@@ -265,7 +186,7 @@ class Runtime:
         await self._manager.close()
         await self._engine.close()
         gc.unfreeze()
-        self._encoding.shutdown(wait=False)
+        self._prompts.close()
 
     async def __aenter__(self) -> Runtime:
         return self
@@ -301,9 +222,7 @@ class Runtime:
             self._refuse_if_draining()
             with self._admission.visit(generation.name) as visit:
                 self._observer.queued(generation.name)
-                loop = asyncio.get_running_loop()
-                encoding = loop.run_in_executor(self._encoding, self._encode, request)
-                generation.prompt_ids = await encoding
+                generation.prompt_ids = await self._prompts.encode(request)
                 async with aclosing(self._run(generation, visit)) as chunks:
                     async for chunk in chunks:
                         yield chunk
@@ -443,38 +362,6 @@ class Runtime:
         except AdapterNotFound:
             return False
         return True
-
-    def _encode(self, request: GenerationRequest) -> tuple[int, ...]:
-        """The prompt's ids, checked against the model's limits. Raises InvalidRequest naming the
-        field."""
-        limits = self._engine.limits
-        if request.token_ids is not None:
-            where, ids = "tokens.ids", request.token_ids
-        elif request.messages is not None:
-            ids = tuple(self._tokenizer.encode_chat(request.messages, request.tools))
-            where = "chat"
-        else:
-            where, ids = "prompt", tuple(self._tokenizer.encode(request.prompt or ""))
-        if not ids:
-            raise InvalidRequest(where, "must not be empty")
-        # Of a text, too: a tokenizer may know more tokens than the model.
-        if bad := [i for i in ids if not 0 <= i < limits.vocab_size]:
-            raise InvalidRequest(where, f"want ids from 0 to {limits.vocab_size - 1}, got {bad[0]}")
-        allowed = self.config.limits.max_prompt_tokens or len(ids)
-        if len(ids) > allowed:
-            raise InvalidRequest(where, f"has {len(ids)} tokens, this server takes {allowed}")
-        if len(ids) >= limits.context_length:
-            raise InvalidRequest(
-                where, f"has {len(ids)} tokens, the context holds {limits.context_length}"
-            )
-        max_tokens = request.sampling.max_tokens
-        room = limits.context_length - len(ids)
-        if max_tokens is not None and max_tokens > room:
-            raise InvalidRequest(
-                "sampling.max_tokens",
-                f"want at most {room} after a prompt of {len(ids)} tokens, got {max_tokens}",
-            )
-        return ids
 
     async def _run(self, generation: Generation, visit: Visit) -> AsyncGenerator[TokenChunk, None]:
         from kasa_runtime.engine.base import EngineRequest

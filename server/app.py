@@ -21,7 +21,8 @@ from kasa.v1 import (
 )
 
 from kasa_runtime.errors import ConfigError
-from kasa_runtime.runtime import Beginning, Runtime, RuntimeConfig
+from kasa_runtime.runtime import Beginning, Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import AdapterInfo
 from server.access import Gate
 from server.adapter_service import AdapterService

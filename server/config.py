@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kasa_runtime.errors import ConfigError
-from kasa_runtime.runtime import RuntimeConfig
+from kasa_runtime.runtime_config import RuntimeConfig
 
 
 def setting(default: Any, help: str) -> Any:

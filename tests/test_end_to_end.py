@@ -30,7 +30,8 @@ from kasa_runtime.client import AsyncClient
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import AdapterNotFound, VersionConflict
 from kasa_runtime.limits import LimitsConfig
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import AdapterState, FinishReason, Mode, SamplingParams
 from server.app import Edge, Server
 from server.config import ServerConfig

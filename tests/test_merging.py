@@ -15,7 +15,8 @@ from engine.making import config, until
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.errors import AdapterNotFound, ConfigError, EngineDead, KasaError
 from kasa_runtime.merging import MIN_TOKENS, AutoMerge, MergeConfig, MergePolicy
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import BASE, AdapterState, GenerationRequest, Mode, Observer, SamplingParams
 
 WHILE_S = 0.5

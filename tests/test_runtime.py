@@ -47,7 +47,8 @@ from kasa_runtime.errors import (
     ShuttingDown,
 )
 from kasa_runtime.limits import LimitsConfig
-from kasa_runtime.runtime import Runtime, RuntimeConfig, begin
+from kasa_runtime.runtime import Runtime, begin
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.tokenizer import Tokenizer
 from kasa_runtime.types import (
     AdapterInfo,

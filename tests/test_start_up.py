@@ -17,7 +17,8 @@ import asyncio, json, sys
 from pathlib import Path
 import server.app
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import ChatMessage, GenerationRequest, SamplingParams
 
 async def main(model, adapters):

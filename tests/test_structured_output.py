@@ -11,7 +11,8 @@ from engine.making import config
 from jsonschema import Draft202012Validator
 
 from kasa_runtime.errors import InvalidRequest
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import FinishReason, GenerationRequest, SamplingParams, StructuredOutput
 
 PERSON = {

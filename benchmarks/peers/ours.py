@@ -9,7 +9,8 @@ from typing import Any, Literal
 from benchmarks.peers.child import KV_CACHE_GIB, Arrivals, Peer, serve
 from benchmarks.peers.holding import hold, own_copy
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import GenerationRequest, SamplingParams
 
 

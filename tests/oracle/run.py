@@ -18,7 +18,8 @@ from engine.making import config, few_blocks
 
 from kasa_runtime.errors import AdapterInUse, AdapterNotFound, CapacityExceeded
 from kasa_runtime.merging import MergeConfig
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import (
     FinishReason,
     GenerationRequest,

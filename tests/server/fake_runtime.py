@@ -17,7 +17,7 @@ from kasa_runtime.errors import (
     Overloaded,
     VersionConflict,
 )
-from kasa_runtime.runtime import RuntimeConfig
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import (
     AdapterInfo,
     AdapterMethod,

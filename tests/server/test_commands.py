@@ -17,7 +17,7 @@ from kasa_runtime.cli import cli
 from kasa_runtime.commands import adapters, serve
 from kasa_runtime.commands.flags import build, options
 from kasa_runtime.errors import Overloaded
-from kasa_runtime.runtime import RuntimeConfig
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import StructuredOutput
 from server.config import ServerConfig
 

@@ -16,7 +16,8 @@ from openai import AsyncOpenAI
 from kasa_runtime.adapter.base import BaseModel
 from kasa_runtime.client import AsyncClient
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.runtime import Runtime, RuntimeConfig
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import ChatMessage, SamplingParams
 from server.app import Edge, Server
 
