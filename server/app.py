@@ -26,6 +26,7 @@ from kasa_runtime.runtime import Beginning, Runtime, RuntimeConfig
 from kasa_runtime.types import AdapterInfo
 from server.access import Gate
 from server.adapter_service import AdapterService
+from server.adapters import Adapters
 from server.config import ServerConfig
 from server.convert import MAX_CHUNK_BYTES
 from server.generation_service import GenerationService
@@ -120,7 +121,7 @@ class Server:
             server,
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(runtime, edge, edge.gate), server
+            AdapterService(runtime, Adapters(runtime, edge, edge.gate), edge.gate), server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(runtime, edge.gate), server)
         health_pb2_grpc.add_HealthServicer_to_server(edge.health, server)
