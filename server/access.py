@@ -36,6 +36,7 @@ class Gate:
 
     def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises ConfigError if the tokens cannot be read."""
+        self.wants_certificate = config.tls.tls_client_ca is not None
         self._tokens = _KnownTokens(config.access, clock) if config.access.enabled else None
         self._limits: ClientLimits = config.clients
         self._clock = clock

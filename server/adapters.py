@@ -23,7 +23,7 @@ class Adapters:
         self._observer = observer
         self._gate = gate
 
-    def list(self, caller: Caller) -> list[AdapterInfo]:
+    def visible(self, caller: Caller) -> list[AdapterInfo]:
         """Those that the caller may see."""
         return [info for info in self._runtime.list_adapters() if caller.sees(info.name)]
 

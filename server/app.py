@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import grpc
-from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from kasa.v1 import (
@@ -29,11 +28,16 @@ from server.adapter_service import AdapterService
 from server.adapters import Adapters
 from server.config import ServerConfig
 from server.convert import MAX_CHUNK_BYTES
+from server.generating import Generating
 from server.generation_service import GenerationService
 from server.grpc_metrics import GrpcMetrics
 from server.health import Health
-from server.http import build_app
-from server.http_access import guard
+from server.http import front_page
+from server.http.adapters_api import AdaptersApi
+from server.http.app import build_app
+from server.http.listener import Listener
+from server.http.metrics import HttpMetrics
+from server.http.pages import Pages
 from server.metrics import Metrics
 from server.model_service import ModelService
 from server.tls import Certificates
@@ -99,10 +103,20 @@ class Server:
         options = [*GRPC_OPTIONS, ("grpc.max_receive_message_length", max_bytes)]
         interceptors = [GrpcMetrics(edge.registry)]
         self._grpc = grpc.aio.server(interceptors=interceptors, options=options)
-        wants_certificate = config.tls.tls_client_ca is not None
-        guards = [guard(edge.gate, wants_certificate=wants_certificate)]
-        app = build_app(runtime, edge, guards, vllm_metrics=config.vllm_metrics)
-        self._http = web.AppRunner(app, access_log=None)
+        self._generating = Generating(
+            runtime, edge, log_prompts=config.log_prompts, tracing=edge.tracing
+        )
+        self._pages = Pages(runtime, edge, edge.gate, vllm_metrics=config.vllm_metrics)
+        self._adapters = Adapters(runtime, edge, edge.gate)
+        routes = [
+            *self._pages.routes(),
+            *AdaptersApi(runtime, self._adapters, edge.gate, edge).routes(),
+            *front_page.routes(),
+        ]
+        app = build_app(
+            routes, HttpMetrics(edge.registry), own_names_only=config.is_open_on_loopback
+        )
+        self._http = Listener(app, config.http)
         self._stop = asyncio.Event()
         self._drain = True
         self.grpc_port = 0
@@ -111,17 +125,10 @@ class Server:
     async def __aenter__(self) -> Server:
         runtime, edge, server = self._runtime, self._edge, self._grpc
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationService(
-                runtime,
-                edge.gate,
-                edge,
-                log_prompts=self._config.log_prompts,
-                tracing=self._edge.tracing,
-            ),
-            server,
+            GenerationService(self._generating, edge.gate), server
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(runtime, Adapters(runtime, edge, edge.gate), edge.gate), server
+            AdapterService(runtime, self._adapters, edge.gate), server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(runtime, edge.gate), server)
         health_pb2_grpc.add_HealthServicer_to_server(edge.health, server)
@@ -143,8 +150,8 @@ class Server:
         """Tell clients to go elsewhere, let their requests end, close."""
         self._edge.health.shut_down()
         await self._runtime.drain(self._config.drain_s if self._drain else 0.0)
-        await self._grpc.stop(CLOSE_GRACE_S)
-        await self._http.cleanup()
+        await asyncio.gather(self._grpc.stop(CLOSE_GRACE_S), self._http.close(CLOSE_GRACE_S))
+        self._pages.close()
         if self._edge.tracing is not None:
             await asyncio.to_thread(self._edge.tracing.close)
         logger.info("stopped")
@@ -171,15 +178,13 @@ class Server:
                 self.grpc_port = self._grpc.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigError(f"grpc_port: cannot listen on {address}: {error}") from None
-        await self._http.setup()
         tls = None if self._edge.certificates is None else self._edge.certificates.http_context()
         try:
-            await web.TCPSite(self._http, config.host, config.http_port, ssl_context=tls).start()
+            await self._http.start(config.host, config.http_port, tls)
         except OSError as error:
-            await self._http.cleanup()
             address = f"{self._host}:{config.http_port}"
             raise ConfigError(f"http_port: cannot listen on {address}: {error}") from None
-        self.http_port = self._http.addresses[0][1]
+        self.http_port = self._http.port
         await self._grpc.start()
 
     def stop(self) -> None:

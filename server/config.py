@@ -95,6 +95,25 @@ class ClientLimits:
 
 
 @dataclass(frozen=True)
+class HttpLimits:
+    """How long a connection over HTTP may keep us waiting."""
+
+    http_receive_s: float = setting(
+        30.0,
+        "seconds in which a request over HTTP must have arrived; a large body gets longer, as long "
+        "as it arrives at 1 KiB/s",
+    )
+    http_idle_s: float = setting(
+        75.0, "seconds that a connection over HTTP stays open after an answer, for another request"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("http_receive_s", "http_idle_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """Where the server listens and how it behaves towards clients."""
 
@@ -122,6 +141,7 @@ class ServerConfig:
     tls: TlsConfig = field(default_factory=TlsConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
     clients: ClientLimits = field(default_factory=ClientLimits)
+    http: HttpLimits = field(default_factory=HttpLimits)
 
     def __post_init__(self) -> None:
         for name in ("grpc_port", "http_port"):
@@ -139,6 +159,12 @@ class ServerConfig:
                 f"otlp_endpoint must begin with http:// or https://, got {self.otlp_endpoint!r}"
             )
         self._refuse_open_doors()
+
+    @property
+    def is_open_on_loopback(self) -> bool:
+        """Whether only the address that it listens on keeps strangers out."""
+        shut = self.access.enabled or self.access.insecure or self.tls.enabled
+        return _is_loopback(self.host) and not shut
 
     def _refuse_open_doors(self) -> None:
         if _is_loopback(self.host) or self.access.insecure:

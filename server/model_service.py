@@ -10,7 +10,7 @@ from kasa.v1 import model_pb2
 from kasa_runtime.runtime import Runtime
 from server import convert
 from server.access import Gate
-from server.rpc import Call, rpc
+from server.rpc import RpcCall, rpc
 
 
 class ModelService:
@@ -19,11 +19,11 @@ class ModelService:
         self.gate = gate
 
     @rpc
-    async def GetModel(self, message: Any, call: Call) -> Any:
+    async def GetModel(self, message: Any, call: RpcCall) -> Any:
         return model_pb2.GetModelResponse(model=convert.model(self._runtime.model))
 
     @rpc
-    async def Tokenize(self, message: Any, call: Call) -> Any:
+    async def Tokenize(self, message: Any, call: RpcCall) -> Any:
         arguments = convert.tokenize_input(message)
         # In a thread: a text of megabytes would hold up every stream.
         token_ids = await asyncio.to_thread(self._runtime.tokenize, **arguments)

@@ -66,7 +66,7 @@ class Certificates:
         )
 
     def http_context(self) -> ssl.SSLContext:
-        """Of the HTTP port. A client's certificate is checked if it shows one; `http_access.py`
+        """Of the HTTP port. A client's certificate is checked if it shows one; `http/access.py`
         wants one for all but the probes."""
         front = _context(self.wants_clients)
 

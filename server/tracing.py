@@ -161,7 +161,7 @@ def _adapter(ref: str) -> dict[str, str | None]:
 def _fail(span: Any, error: BaseException) -> None:
     from opentelemetry.trace import Status, StatusCode
 
-    if isinstance(error, asyncio.CancelledError):
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
         span.set_attribute("error.type", "CANCELLED")
         return
     status = to_status(error)

@@ -107,11 +107,11 @@ def test_server_knows_the_runtime_and_not_what_is_under_it(source):
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("kasa_runtime", {*HEAVY, *WIRE - {"google"}, "numpy", "click", "aiohttp"}),
-        ("kasa_runtime.cli", {*HEAVY, *WIRE - {"google"}, "numpy", "aiohttp", "rich"}),
-        ("kasa_runtime.client", {*HEAVY, "aiohttp"}),
+        ("kasa_runtime", {*HEAVY, *WIRE - {"google"}, "numpy", "click", "starlette"}),
+        ("kasa_runtime.cli", {*HEAVY, *WIRE - {"google"}, "numpy", "starlette", "rich"}),
+        ("kasa_runtime.client", {*HEAVY, "starlette"}),
         ("server.app", {*HEAVY, "opentelemetry"}),
-        ("kasa_runtime.commands.serve", {*HEAVY, "grpc", "aiohttp"}),
+        ("kasa_runtime.commands.serve", {*HEAVY, "grpc", "starlette"}),
         ("kasa_runtime.engine.factory", HEAVY),
         ("kasa_runtime.engine.native.torch_executor", {"kasa_runtime.engine.native.cuda"}),
     ],

@@ -1,4 +1,4 @@
-"""`/kasa/v1`: the model and its adapters as JSON, what gRPC's AdapterService does (docs/page.md)."""
+"""`/kasa/v1`: the model and its adapters as JSON; what gRPC's AdapterService does."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ class AdaptersApi:
     """An adapter is answered with what `kasa adapters list --json` has, its latency of the last
     minutes, and what the caller may do with it."""
 
-    def __init__(
-        self, runtime: Runtime, adapters: Adapters, gate: Gate, metrics: Metrics
-    ) -> None:
+    def __init__(self, runtime: Runtime, adapters: Adapters, gate: Gate, metrics: Metrics) -> None:
         self._runtime = runtime
         self._adapters = adapters
         self._gate = gate
@@ -68,7 +66,7 @@ class AdaptersApi:
         merged = self._runtime.stats().merged_adapter
         base = {"latency": self._latency(BASE), "may": _permitted(caller, BASE)}
         body = {
-            "adapters": [self._adapter(caller, info) for info in self._adapters.list(caller)],
+            "adapters": [self._adapter(caller, info) for info in self._adapters.visible(caller)],
             "base": base if caller.sees(BASE) else None,
             "merged": merged if merged and caller.sees(merged) else "",
             "window_s": WINDOW_S,

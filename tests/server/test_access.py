@@ -8,8 +8,8 @@ import tomllib
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-import aiohttp
 import grpc
+import httpx
 import pytest
 from click.testing import CliRunner
 from conftest import CONFIG, Served
@@ -227,11 +227,11 @@ async def test_health_tells_of_adapters_only_those_who_may_see_them(guarded):
 )
 async def test_metrics_are_for_those_who_may_see_everything(guarded, token, status):
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    async with aiohttp.ClientSession(headers=headers) as session:
+    async with httpx.AsyncClient(headers=headers) as client:
         for path, wanted in (("/metrics", status), ("/healthz", 200), ("/readyz", 200)):
-            async with session.get(guarded.url(path)) as response:
-                assert response.status == wanted
-                assert ("WWW-Authenticate" in response.headers) == (wanted == 401)
+            response = await client.get(guarded.url(path))
+            assert response.status_code == wanted
+            assert ("WWW-Authenticate" in response.headers) == (wanted == 401)
 
 
 def test_errors_that_name_other_adapters_are_told_to_those_who_see_all():

@@ -10,6 +10,7 @@ from kasa.v1 import generation_pb2 as pb
 from kasa_runtime.errors import EngineDead, Overloaded
 from server.access import Gate
 from server.config import ServerConfig
+from server.generating import Generating
 from server.generation_service import GenerationService
 from server.metrics import Metrics
 
@@ -207,7 +208,8 @@ class SlowContext:
 
 async def test_latencies_are_those_of_what_was_written_not_of_what_was_sampled():
     metrics = Metrics()
-    service = GenerationService(FakeRuntime(metrics), Gate(ServerConfig()), metrics)
+    generating = Generating(FakeRuntime(metrics), metrics)
+    service = GenerationService(generating, Gate(ServerConfig()))
     await service.GenerateStream(pb.GenerateRequest(prompt="one two three"), SlowContext())
     value, base = metrics.registry.get_sample_value, {"adapter": "_base"}
     assert value("kasa_time_to_first_token_seconds_sum", base) >= 0.1

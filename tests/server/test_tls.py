@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import aiohttp
+import httpx
 import pytest
 from certificates import Authority, Pair
 from click.testing import CliRunner
@@ -55,8 +55,8 @@ async def get(server: Server, path: str, ca: Path, own: Pair | None = None) -> i
     if own is not None:
         context.load_cert_chain(own.cert, own.key)
     url = f"https://127.0.0.1:{server.http_port}{path}"
-    async with aiohttp.ClientSession() as session, session.get(url, ssl=context) as response:
-        return response.status
+    async with httpx.AsyncClient(verify=context) as client:
+        return (await client.get(url)).status_code
 
 
 async def test_both_ports_speak_tls_and_nothing_else(authority, pair):
@@ -67,9 +67,9 @@ async def test_both_ports_speak_tls_and_nothing_else(authority, pair):
         async with AsyncClient(address(server)) as client:
             with pytest.raises(Unreachable):
                 await client.get_model()
-        async with aiohttp.ClientSession() as session:
-            with pytest.raises(aiohttp.ClientError):
-                await session.get(f"http://127.0.0.1:{server.http_port}/metrics")
+        async with httpx.AsyncClient() as client:
+            with pytest.raises(httpx.TransportError):
+                await client.get(f"http://127.0.0.1:{server.http_port}/metrics")
 
 
 async def test_a_client_does_not_believe_a_server_of_another_authority(pair, stranger):
@@ -77,7 +77,7 @@ async def test_a_client_does_not_believe_a_server_of_another_authority(pair, str
         async with AsyncClient(address(server), root_certificates=stranger.cert) as client:
             with pytest.raises(Unreachable):
                 await client.get_model()
-        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             await get(server, "/metrics", stranger.cert)
 
 
@@ -131,7 +131,7 @@ async def test_with_an_authority_of_clients_only_theirs_come_in(authority, stran
         assert await get(server, "/metrics", authority.cert, ours) == 200
         assert await get(server, "/metrics", authority.cert) == 403
         assert await get(server, "/healthz", authority.cert) == 200
-        with pytest.raises((aiohttp.ClientError, ConnectionError)):
+        with pytest.raises(httpx.TransportError):
             await get(server, "/metrics", authority.cert, theirs)
 
 

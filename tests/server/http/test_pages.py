@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-import aiohttp
+import httpx
 import pytest
 from conftest import CONFIG
 from fake_runtime import FakeRuntime
@@ -13,11 +13,9 @@ from server.app import Edge, Server
 
 
 async def get(served, path, **headers):
-    async with (
-        aiohttp.ClientSession() as session,
-        session.get(served.url(path), headers=headers) as response,
-    ):
-        return response.status, response.headers["Content-Type"], await response.text()
+    async with httpx.AsyncClient() as client:
+        response = await client.get(served.url(path), headers=headers)
+        return response.status_code, response.headers["Content-Type"], response.text
 
 
 async def test_metrics_are_served(served):
@@ -60,10 +58,9 @@ async def test_the_page_for_routers_has_vllms_names():
     config = replace(CONFIG, vllm_metrics=True)
     edge = Edge(config)
     runtime = FakeRuntime(edge)
-    async with Server(runtime, edge, config) as server, aiohttp.ClientSession() as session:
+    async with Server(runtime, edge, config) as server, httpx.AsyncClient() as client:
         url = f"http://127.0.0.1:{server.http_port}/metrics/vllm"
-        async with session.get(url) as response:
-            families = list(text_string_to_metric_families(await response.text()))
+        families = list(text_string_to_metric_families((await client.get(url)).text))
     found = {s.name: (s.labels, s.value) for family in families for s in family.samples}
     model = {"model_name": "fake"}
     assert found["vllm:num_requests_running"] == (model, 0)

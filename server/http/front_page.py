@@ -1,5 +1,5 @@
-"""The page at `/`, for people: the files of `static/`, served from memory. It holds nothing secret, so it
-needs no token; what it shows comes from `/kasa/v1` and `/v1`, which ask for one."""
+"""The page at `/`, for people: the files of `static/`, served from memory. It holds nothing secret,
+so it needs no token; what it shows comes from `/kasa/v1` and `/v1`, which ask for one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,87 @@
+"""A generation as every face of the server runs it: who may, what is logged and measured."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager, aclosing, nullcontext
+from dataclasses import replace
+
+from kasa_runtime.runtime import Runtime
+from kasa_runtime.tokens import Action
+from kasa_runtime.types import FinishReason, GenerationRequest, TokenChunk
+from server import logs
+from server.call import Call
+from server.chunks import coalesced
+from server.metrics import Metrics
+from server.status import DeadlineExpired
+from server.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
+
+class Generating:
+    """Runs generations for callers. Event loop only."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        metrics: Metrics,
+        *,
+        log_prompts: bool = False,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self._runtime = runtime
+        self._metrics = metrics
+        self._log_prompts = log_prompts
+        self._tracing = tracing
+
+    async def chunks(self, request: GenerationRequest, call: Call) -> AsyncGenerator[TokenChunk]:
+        """Chunks of one generation; those that came while the reader was busy arrive as one. A
+        chunk counts as written to the client when the next is asked for. Closing this cancels.
+
+        Raises, beside what `Runtime.generate` does, PermissionDenied, and DeadlineExpired after
+        the last chunk."""
+        with self._traced(self._permitted(request, call), call) as request:
+            delivery = self._metrics.delivery(request.adapter, call.arrival_s)
+            async with aclosing(coalesced(self._runtime.generate(request))) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+                    delivery.wrote(chunk)
+                    _end(chunk, call)
+
+    def _permitted(self, request: GenerationRequest, call: Call) -> GenerationRequest:
+        call.caller.require(Action.GENERATE, request.adapter)
+        call.facts["adapter"] = request.adapter
+        if self._log_prompts:
+            inputs = (request.prompt, request.messages, request.token_ids)
+            given = next(value for value in inputs if value is not None)
+            logger.info("prompt", extra=logs.fields(prompt=given))
+        if call.caller.name:
+            # Usage and times show what is cached: no tenant may find out others' prompts.
+            request = replace(request, cache_salt=f"{call.caller.name}/{request.cache_salt}")
+        return request
+
+    def _traced(
+        self, request: GenerationRequest, call: Call
+    ) -> AbstractContextManager[GenerationRequest]:
+        """The request, with a trace if there are any."""
+        if self._tracing is None:
+            return nullcontext(request)
+        model = self._runtime.model.name
+        return self._tracing.traced(request, model, call.metadata, call.facts)
+
+
+def _end(chunk: TokenChunk, call: Call) -> None:
+    """What is to be done with a chunk if it is the last. A call may have several generations: their
+    tokens add up."""
+    if chunk.finish_reason is None:
+        return
+    facts = call.facts
+    facts |= {"adapter": chunk.adapter, "mode": chunk.mode.value}
+    facts["finish_reason"] = chunk.finish_reason.value
+    if (usage := chunk.usage) is not None:
+        for name in ("prompt_tokens", "cached_prompt_tokens", "completion_tokens"):
+            facts[name] = facts.get(name, 0) + getattr(usage, name)
+    if chunk.finish_reason is FinishReason.DEADLINE:
+        raise DeadlineExpired
