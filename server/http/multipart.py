@@ -45,16 +45,11 @@ async def received_files(
     together. Raises InvalidRequest."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "multipart/form-data":
         raise InvalidRequest("content-type", "must be multipart/form-data, as of `curl -F file=@…`")
-    parser = _Parser(
-        request.headers, _limited(request, require_size), max_files=MAX_FILES, max_fields=0
-    )
     try:
-        form = await parser.parse()
+        form = await _Parser(request, require_size).parse()
     except MultiPartException as error:
         raise InvalidRequest("body", _wanted(error.message)) from None
     try:
-        if not parser.complete:
-            raise InvalidRequest("body", "ends before its last boundary; was it cut off?")
         parts = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
         yield [await asyncio.to_thread(_described, part) for part in parts]
     finally:
@@ -62,23 +57,27 @@ async def received_files(
 
 
 class _Parser(MultiPartParser):
-    """Knows whether the last boundary came. What was cut off would lack a file or the end of one,
-    and look whole."""
+    """Refuses what is too large as soon as it is, and what was cut off, which would lack a file or
+    the end of one and look whole."""
 
-    complete = False
+    def __init__(self, request: Request, require_size: Callable[[int], None]) -> None:
+        received = self._received(request, require_size)
+        super().__init__(request.headers, received, max_files=MAX_FILES, max_fields=0)
+        self._complete = False
 
     def on_end(self) -> None:
-        self.complete = True
+        self._complete = True
 
-
-async def _limited(
-    request: Request, require_size: Callable[[int], None]
-) -> AsyncGenerator[bytes, None]:
-    num_bytes = 0
-    async for data in request.stream():
-        num_bytes += len(data)
-        require_size(num_bytes - ENVELOPE_BYTES)
-        yield data
+    async def _received(
+        self, request: Request, require_size: Callable[[int], None]
+    ) -> AsyncGenerator[bytes, None]:
+        num_bytes = 0
+        async for data in request.stream():
+            num_bytes += len(data)
+            require_size(num_bytes - ENVELOPE_BYTES)
+            yield data
+        if not self._complete:
+            raise InvalidRequest("body", "ends before its last boundary; was it cut off?")
 
 
 def _wanted(message: str) -> str:

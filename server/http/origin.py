@@ -30,8 +30,8 @@ class OwnOrigin:
         if self._own_names_only and host and not _is_own_name(host):
             raise PermissionDenied(
                 f"host: want localhost or another name of loopback, got {host[:80]!r}; a server "
-                "that is to be reached by other names needs tokens (--tokens-file), or --insecure where "
-                "something in front of it sees to that"
+                "that is to be reached by other names needs tokens (--tokens-file), or "
+                "--insecure where something in front of it sees to that"
             )
         if scope["method"] not in SAFE_METHODS and not _is_own_origin(headers, host):
             origin = headers.get("origin", "another origin")
