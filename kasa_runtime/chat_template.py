@@ -8,11 +8,13 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from kasa_runtime.types import ChatMessage
 
 
 class ChatTemplate:
@@ -20,18 +22,44 @@ class ChatTemplate:
     the template may name beside the messages. Raises jinja2.TemplateError."""
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        environment = _environment()
         self._variables = dict(variables)
-        self._template = _environment().from_string(source)
+        self._template = environment.from_string(source)
+        self._names = meta.find_undeclared_variables(environment.parse(source))
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    @property
+    def tells_tools(self) -> bool:
+        """Whether it writes tools into the conversation."""
+        return "tools" in self._names
+
+    def render(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The conversation, ready for the assistant's answer. Raises what the template raises."""
         return self._template.render(
-            messages=messages,
-            tools=None,
+            messages=[_turn(message) for message in messages],
+            tools=list(tools) or None,
             documents=None,
             add_generation_prompt=True,
             **self._variables,
         )
+
+
+def _turn(message: ChatMessage) -> dict[str, Any]:
+    """A message as templates know it. Arguments are objects there, and text in OpenAI's API."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
 
 
 class _Generation(Extension):

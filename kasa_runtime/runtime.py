@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import (
     AbstractAsyncContextManager,
@@ -24,7 +24,7 @@ from contextlib import (
 )
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kasa_runtime.adapter.names import is_name
 from kasa_runtime.admission import Admission, Visit
@@ -315,12 +315,21 @@ class Runtime:
             generation.tell_trace()
 
     def tokenize(
-        self, *, prompt: str | None = None, messages: tuple[ChatMessage, ...] | None = None
+        self,
+        *,
+        prompt: str | None = None,
+        messages: tuple[ChatMessage, ...] | None = None,
+        tools: tuple[Mapping[str, Any], ...] = (),
     ) -> list[int]:
         """The ids that `generate` would start from. Blocking. Raises InvalidRequest."""
         if messages is not None:
-            return self._tokenizer.encode_chat(messages)
+            return self._tokenizer.encode_chat(messages, tools)
         return self._tokenizer.encode(prompt or "")
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What each token stands for; of a special one, its name. b"" where there is no such
+        token."""
+        return [self._tokenizer.token_bytes(token_id) for token_id in token_ids]
 
     def list_adapters(self) -> list[AdapterInfo]:
         """By name; a quarantined one says why."""
@@ -440,7 +449,8 @@ class Runtime:
         if request.token_ids is not None:
             where, ids = "tokens.ids", request.token_ids
         elif request.messages is not None:
-            where, ids = "chat", tuple(self._tokenizer.encode_chat(request.messages))
+            ids = tuple(self._tokenizer.encode_chat(request.messages, request.tools))
+            where = "chat"
         else:
             where, ids = "prompt", tuple(self._tokenizer.encode(request.prompt or ""))
         if not ids:

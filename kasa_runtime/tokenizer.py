@@ -7,18 +7,22 @@ seconds, so its answer is remembered under KASA_HOME.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from kasa_runtime.detokenizer import Detokenizer
 from kasa_runtime.errors import InvalidRequest, ModelError
 from kasa_runtime.home import remembered
+from kasa_runtime.token_bytes import TokenBytes
 from kasa_runtime.types import ChatMessage, SamplingParams
+
+if TYPE_CHECKING:
+    from kasa_runtime.chat_template import ChatTemplate
 
 VERSION = 1
 """Of what is remembered; raise it when that changes."""
@@ -50,15 +54,21 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text).ids
         return ids
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """By the model's chat template, ready for the assistant's answer. Raises InvalidRequest."""
         if not self.has_chat_template:
             raise InvalidRequest("chat", "this model has no chat template; send a prompt instead")
         if not messages:
             raise InvalidRequest("chat", "want at least one message")
-        turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            text = self._template.render(turns)
+            template = self._tool_template if tools else self._template
+            if tools and not template.tells_tools:
+                raise InvalidRequest("tools", "this model's chat template does not know tools")
+            text = template.render(messages, tools)
+        except InvalidRequest:
+            raise
         except (
             Exception
         ) as error:  # a template is a program of the model's, and raises what it likes
@@ -71,13 +81,31 @@ class Tokenizer:
     def detokenizer(self, sampling: SamplingParams) -> Detokenizer:
         return Detokenizer(self._backend, sampling.stop, sampling.min_tokens)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, which may be a part of a character; of a special one, its name.
+        b"" if there is no such token."""
+        return self._token_bytes(token_id)
+
     @cached_property
-    def _template(self) -> Any:
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self._backend)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
         from kasa_runtime.chat_template import ChatTemplate
 
         if "default" not in self._templates:
             raise ValueError(f"want one named default, found {sorted(self._templates)}")
         return ChatTemplate(self._templates["default"], self._special_tokens)
+
+    @cached_property
+    def _tool_template(self) -> ChatTemplate:
+        """Some models have another one for conversations with tools."""
+        from kasa_runtime.chat_template import ChatTemplate
+
+        if "tool_use" not in self._templates:
+            return self._template
+        return ChatTemplate(self._templates["tool_use"], self._special_tokens)
 
 
 def _as_json(model_dir: Path) -> dict[str, Any]:

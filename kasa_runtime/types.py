@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from kasa_runtime.errors import InvalidRequest
 
@@ -162,11 +162,22 @@ def _require(ok: bool, field_name: str, wanted: str, found: object) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the assistant called. `arguments`: a JSON object, as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
     """One message of a conversation, as the chat template takes it."""
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()  # of the assistant
+    tool_call_id: str = ""  # of the call that a tool answers
 
 
 class Trace(Protocol):
@@ -195,6 +206,7 @@ class GenerationRequest:
     cache_salt: str = ""
     structured_output: StructuredOutput | None = None
     prompt_logprobs: int | None = None  # None: none; n: of each prompt token and the n likeliest
+    tools: tuple[Mapping[str, Any], ...] = ()  # that the chat template tells of, as OpenAI has them
     trace: Trace | None = field(default=None, compare=False)
 
 

@@ -37,6 +37,7 @@ from server.http.adapters_api import AdaptersApi
 from server.http.app import build_app
 from server.http.listener import Listener
 from server.http.metrics import HttpMetrics
+from server.http.openai.routes import openai_routes
 from server.http.pages import Pages
 from server.metrics import Metrics
 from server.model_service import ModelService
@@ -108,8 +109,10 @@ class Server:
         )
         self._pages = Pages(runtime, edge, edge.gate, vllm_metrics=config.vllm_metrics)
         self._adapters = Adapters(runtime, edge, edge.gate)
+        body_bytes = int(config.clients.max_message_mib * 2**20)
         routes = [
             *self._pages.routes(),
+            *openai_routes(runtime, self._generating, edge.gate, body_bytes),
             *AdaptersApi(runtime, self._adapters, edge.gate, edge).routes(),
             *front_page.routes(),
         ]

@@ -51,7 +51,7 @@ def generation_request(
         adapter=adapter_ref("adapter", message.adapter) if message.adapter else "",
         sampling=_sampling(message.sampling),
         deadline_s=deadline_s,
-        cache_salt=_cache_salt(message.cache_salt),
+        cache_salt=cache_salt(message.cache_salt),
         **_input(message),
     )
 
@@ -143,7 +143,7 @@ def _input(message: Any) -> dict[str, Any]:
     raise InvalidRequest("input", f"must be one of {', '.join(choices)}, got none")
 
 
-def _cache_salt(value: str) -> str:
+def cache_salt(value: str) -> str:
     if len(value) > MAX_SALT:
         raise InvalidRequest("cache_salt", f"must be at most {MAX_SALT} characters")
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -17,6 +17,7 @@ from kasa_runtime.errors import (
     Overloaded,
     VersionConflict,
 )
+from kasa_runtime.runtime import RuntimeConfig
 from kasa_runtime.types import (
     AdapterInfo,
     AdapterMethod,
@@ -98,6 +99,7 @@ class FakeRuntime:
 
     def __init__(self, observer: Observer, *, delay_s: float = 0.0) -> None:
         self.alive = True
+        self.config = RuntimeConfig()
         self.model = MODEL
         self.observer = observer
         self.delay_s = delay_s
@@ -144,7 +146,12 @@ class FakeRuntime:
         self, request: GenerationRequest, info: AdapterInfo | None
     ) -> AsyncIterator[TokenChunk]:
         words = (request.prompt or self.answer).split()[: request.sampling.max_tokens]
+        prompt = (request.prompt or "").split() or list(request.token_ids or ())
         reason = FinishReason.STOP
+        prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+        if request.prompt_logprobs is not None:
+            rest = (TokenLogprobs(i, -0.25, ((i, -0.25),)) for i in range(1, len(prompt)))
+            prompt_logprobs = (None, *rest)
         for index, word in enumerate(words):
             await asyncio.sleep(self.delay_s)
             if request.deadline_s is not None and time.monotonic() > request.deadline_s:
@@ -153,7 +160,8 @@ class FakeRuntime:
             logprobs = ()
             if request.sampling.logprobs is not None:
                 logprobs = (TokenLogprobs(index, -0.5, ((index, -0.5), (7, -1.5))),)
-            yield TokenChunk(word + " ", (index,), logprobs)
+            first = {"prompt_logprobs": prompt_logprobs} if index == 0 else {}
+            yield TokenChunk(word + " ", (index,), logprobs, **first)
         yield TokenChunk(
             text="",
             token_ids=(),
@@ -165,10 +173,17 @@ class FakeRuntime:
         )
 
     def tokenize(
-        self, *, prompt: str | None = None, messages: tuple[ChatMessage, ...] | None = None
+        self,
+        *,
+        prompt: str | None = None,
+        messages: tuple[ChatMessage, ...] | None = None,
+        tools: tuple[object, ...] = (),
     ) -> list[int]:
         text = prompt if prompt is not None else "".join(m.content for m in messages or ())
         return [len(word) for word in text.split()]
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        return [f"t{token_id} ".encode() for token_id in token_ids]
 
     def list_adapters(self) -> list[AdapterInfo]:
         return list(self._adapters.values())

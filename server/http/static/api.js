@@ -32,7 +32,7 @@ export async function* stream(path, body, signal) {
   const response = await request(path, {
     method: "POST",
     headers: { ...headers(), "content-type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } }),
     signal,
   });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,0 +1,197 @@
+"""What a client asked for, as a generation of the runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from kasa_runtime.errors import AdapterNotFound, InvalidRequest
+from kasa_runtime.types import (
+    BASE,
+    ChatMessage,
+    GenerationRequest,
+    SamplingParams,
+    StructuredOutput,
+    ToolCall,
+)
+from server import convert
+from server.http.openai.requests import (
+    GenerationParameters,
+    Message,
+    StructuredOutputs,
+)
+
+# OpenAI's defaults, where they are not the library's.
+TEMPERATURE = 1.0
+MAX_TOKENS = 16  # of completions
+
+# Parameters by the library's names of them; others of its names are the same behind the last dot.
+NAMES = {"chat": "messages", "tokens.ids": "prompt", "structured_output": "response_format"}
+SEEDS = 2**63
+
+
+@contextmanager
+def named_as_asked() -> Iterator[None]:
+    """Errors of the library within name the parameters as clients know them."""
+    try:
+        yield
+    except InvalidRequest as error:
+        name = NAMES.get(error.field, error.field.rpartition(".")[2])
+        raise InvalidRequest(name, error.description) from None
+
+
+def adapter_of(model: str, base: str) -> str:
+    """The adapter that a model's name stands for. Raises AdapterNotFound."""
+    if model == base:
+        return BASE
+    try:
+        return convert.adapter_ref("model", model)
+    except InvalidRequest:
+        raise AdapterNotFound(
+            f"the model {model[:80]!r} does not exist: want {base!r}, the name of an adapter, or "
+            "name@version",
+            name=model.partition("@")[0][:80],
+        ) from None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all generations of a request have in common. `max_tokens` None: until the context is
+    full. `logprobs`: as of SamplingParams."""
+
+    parameters: GenerationParameters
+    adapter: str
+    max_tokens: int | None
+    logprobs: int | None
+    structured_output: StructuredOutput | None
+    prompt_logprobs: int | None
+
+    def request(self, request_id: str, index: int, **fields: Any) -> GenerationRequest:
+        """The generation for choice `index` of a prompt, which is in `fields`."""
+        return GenerationRequest(
+            request_id,
+            self.adapter,
+            sampling=self._sampling(index),
+            cache_salt=convert.cache_salt(self.parameters.cache_salt or ""),
+            structured_output=self.structured_output,
+            prompt_logprobs=self.prompt_logprobs,
+            **fields,
+        )
+
+    def _sampling(self, index: int) -> SamplingParams:
+        asked = self.parameters
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            min_tokens=asked.min_tokens or 0,
+            temperature=TEMPERATURE if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            top_k=0 if asked.top_k in (None, -1) else asked.top_k,
+            min_p=asked.min_p or 0.0,
+            repetition_penalty=_or(asked.repetition_penalty, 1.0),
+            presence_penalty=asked.presence_penalty or 0.0,
+            frequency_penalty=asked.frequency_penalty or 0.0,
+            seed=None if asked.seed is None else (asked.seed + index) % SEEDS,
+            stop=tuple(asked.stop or ()),
+            ignore_eos=bool(asked.ignore_eos),
+            logprobs=self.logprobs,
+        )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def structured_output(asked: GenerationParameters) -> StructuredOutput | None:
+    """OpenAI's `response_format`, vLLM's `structured_outputs`, or its older `guided_*`; one of
+    them. Raises InvalidRequest."""
+    guided = StructuredOutputs(
+        json=asked.guided_json,
+        regex=asked.guided_regex,
+        choice=asked.guided_choice,
+        grammar=asked.guided_grammar,
+    )
+    found = {
+        "response_format": _of_format(asked),
+        "structured_outputs": _of_extension(asked.structured_outputs),
+        "guided_json": _of_extension(guided, "guided_json"),
+    }
+    given = {name: form for name, form in found.items() if form is not None}
+    if len(given) > 1:
+        raise InvalidRequest(list(given)[1], f"must not be given beside {next(iter(given))}")
+    return next(iter(given.values()), None)
+
+
+def _of_format(asked: GenerationParameters) -> StructuredOutput | None:
+    form = asked.response_format
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return StructuredOutput(json_schema='{"type": "object"}')
+    if form.json_schema is None:
+        raise InvalidRequest("response_format.json_schema", "is required")
+    return StructuredOutput(json_schema=_text(form.json_schema.schema_ or {}))
+
+
+def _of_extension(
+    asked: StructuredOutputs | None, name: str = "structured_outputs"
+) -> StructuredOutput | None:
+    if asked is None:
+        return None
+    forms = {
+        "json_schema": None if asked.json_ is None else _text(asked.json_),
+        "regex": asked.regex,
+        "choice": tuple(asked.choice) if asked.choice is not None else None,
+        "grammar": asked.grammar,
+    }
+    given: dict[str, Any] = {key: value for key, value in forms.items() if value is not None}
+    if asked.json_object:
+        given = {**given, "json_schema": given.get("json_schema", '{"type": "object"}')}
+    if not given and name != "structured_outputs":
+        return None
+    if len(given) != 1 or given.get("choice") == ():
+        wanted = "json, regex, choice, grammar, json_object"
+        raise InvalidRequest(name, f"must be one of {wanted}, got {list(given) or 'none'}")
+    return StructuredOutput(**given)
+
+
+def _text(schema: dict[str, Any] | str) -> str:
+    return schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+
+
+def chat_messages(given: list[Message]) -> tuple[ChatMessage, ...]:
+    """Raises InvalidRequest naming the message."""
+    return tuple(_message(f"messages[{index}]", message) for index, message in enumerate(given))
+
+
+def _message(where: str, message: Message) -> ChatMessage:
+    if message.content is None and not (message.role == "assistant" and message.tool_calls):
+        raise InvalidRequest(f"{where}.content", "is required")
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequest(f"{where}.tool_calls", "are the assistant's")
+    if message.tool_call_id and message.role != "tool":
+        raise InvalidRequest(f"{where}.tool_call_id", "belongs to messages of the role tool")
+    return ChatMessage(
+        role="system" if message.role == "developer" else message.role,
+        content=message.content or "",
+        tool_calls=tuple(
+            ToolCall(call.id, call.function.name, _arguments(f"{where}.tool_calls[{index}]", call))
+            for index, call in enumerate(message.tool_calls or ())
+        ),
+        tool_call_id=message.tool_call_id or "",
+    )
+
+
+def _arguments(where: str, call: Any) -> str:
+    arguments = str(call.function.arguments)
+    try:
+        good = isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        good = False
+    if not good:
+        raise InvalidRequest(
+            f"{where}.function.arguments", f"must be a JSON object, got {arguments[:80]!r}"
+        )
+    return arguments
