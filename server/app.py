@@ -26,6 +26,7 @@ from kasa_runtime.types import AdapterInfo
 from server.access import Gate
 from server.adapter_service import AdapterService
 from server.adapters import Adapters
+from server.chunks import Pace
 from server.config import ServerConfig
 from server.convert import MAX_CHUNK_BYTES
 from server.generating import Generating
@@ -79,6 +80,7 @@ class Edge(Metrics):
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config.max_adapter_labels)
         self.gate = Gate(config)
+        self.pace = Pace(config.stream_interval)
         self.health = Health(self.gate)
         self.certificates = Certificates(config.tls) if config.tls.enabled else None
         endpoint = config.otlp_endpoint
@@ -105,7 +107,7 @@ class Server:
         interceptors = [GrpcMetrics(edge.registry)]
         self._grpc = grpc.aio.server(interceptors=interceptors, options=options)
         self._generating = Generating(
-            runtime, edge, log_prompts=config.log_prompts, tracing=edge.tracing
+            runtime, edge, edge.pace, log_prompts=config.log_prompts, tracing=edge.tracing
         )
         self._pages = Pages(runtime, edge, edge.gate, vllm_metrics=config.vllm_metrics)
         self._adapters = Adapters(runtime, edge, edge.gate)

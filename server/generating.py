@@ -12,7 +12,7 @@ from kasa_runtime.tokens import Action
 from kasa_runtime.types import FinishReason, GenerationRequest, TokenChunk
 from server import logs
 from server.call import Call
-from server.chunks import coalesced
+from server.chunks import Pace, coalesced
 from server.metrics import Metrics
 from server.status import DeadlineExpired
 from server.tracing import Tracing
@@ -27,24 +27,30 @@ class Generating:
         self,
         runtime: Runtime,
         metrics: Metrics,
+        pace: Pace | None = None,
         *,
         log_prompts: bool = False,
         tracing: Tracing | None = None,
     ) -> None:
         self._runtime = runtime
         self._metrics = metrics
+        self._pace = pace
         self._log_prompts = log_prompts
         self._tracing = tracing
 
-    async def chunks(self, request: GenerationRequest, call: Call) -> AsyncGenerator[TokenChunk]:
-        """Chunks of one generation; those that came while the reader was busy arrive as one. A
-        chunk counts as written to the client when the next is asked for. Closing this cancels.
+    async def chunks(
+        self, request: GenerationRequest, call: Call, *, as_stream: bool = False
+    ) -> AsyncGenerator[TokenChunk]:
+        """Chunks of one generation; those that came while the reader was busy arrive as one, and
+        `as_stream` as many as streams send at a time. A chunk counts as written to the client when
+        the next is asked for. Closing this cancels.
 
         Raises, beside what `Runtime.generate` does, PermissionDenied, and DeadlineExpired after
         the last chunk."""
         with self._traced(self._permitted(request, call), call) as request:
             delivery = self._metrics.delivery(request.adapter, call.arrival_s)
-            async with aclosing(coalesced(self._runtime.generate(request))) as chunks:
+            pace = self._pace if as_stream else None
+            async with aclosing(coalesced(self._runtime.generate(request), pace)) as chunks:
                 async for chunk in chunks:
                     yield chunk
                     delivery.wrote(chunk)

@@ -30,6 +30,7 @@ MAX_HEADER_BYTES = 64 * 2**10
 """Of all headers of a request; also of what may arrive without completing anything."""
 MIN_BYTES_PER_S = 1024
 """A body that arrives faster than this is never too slow, however large it is."""
+LINGER_S = 1.0
 LOOK_S = 0.05
 KEEP_ALIVE = (
     # A client that vanished without a word is found, and its requests cancelled, within 40 s.
@@ -117,8 +118,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._end_receiving()
         self._unset_keepalive_if_required()
-        for task in self._running:
-            task.cancel()
+        self._cancel()
 
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:
@@ -172,12 +172,27 @@ class Protocol(HttpToolsProtocol):
         raise self._refusal
 
     def send_400_response(self, msg: str) -> None:
-        """Say what is wrong, unless an answer is under way, and close."""
+        """Say what is wrong, unless an answer is under way, and close. What still arrives is read
+        for a while: closing before would reset the connection, and take the answer with it."""
         refusal = self._refusal = self._refusal or _Refused(400, "this is no HTTP/1.1 request")
         self._end_receiving()
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            self.transport.write(_response(refusal.status, str(refusal)))
-        self.transport.close()
+        self._cancel()
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            self.transport.close()
+            return
+        self.transport.write(_response(refusal.status, str(refusal)))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _cancel(self) -> None:
+        """Nobody waits for an answer any more."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+        for task in self._running:
+            task.cancel()
 
     def _begin_receiving(self) -> None:
         self._began_s = self.loop.time()
@@ -210,7 +225,7 @@ class Protocol(HttpToolsProtocol):
         try:
             await self._answer(scope, receive, send)
         except asyncio.CancelledError:
-            if not self.transport.is_closing():
+            if self._refusal is None and not self.transport.is_closing():
                 raise
         finally:
             self._running.discard(task)

@@ -63,14 +63,15 @@ class Generations:
         return Response(_dumps(answer), media_type="application/json")
 
     async def _last(self, choice: Choice) -> TokenChunk:
-        async with aclosing(self.chunks(choice)) as chunks:
+        async with aclosing(self.chunks(choice, as_stream=False)) as chunks:
             return merge_chunks([chunk async for chunk in chunks])
 
-    async def chunks(self, choice: Choice) -> AsyncGenerator[TokenChunk]:
+    async def chunks(self, choice: Choice, *, as_stream: bool) -> AsyncGenerator[TokenChunk]:
         """Each generation counts against the client's limit, the first with its call."""
         place = self.gate.stream(self.call.client) if choice.index else nullcontext()
         with place, named_as_asked():
-            async with aclosing(self.generating.chunks(choice.request, self.call)) as chunks:
+            generated = self.generating.chunks(choice.request, self.call, as_stream=as_stream)
+            async with aclosing(generated) as chunks:
                 async for chunk in chunks:
                     if chunk.finish_reason is FinishReason.CANCELLED:  # not by the client
                         message = "this server is shutting down; try another"
@@ -109,7 +110,7 @@ class Stream:
     async def _tell(self, choice: Choice, events: EventStream) -> TokenChunk:
         """Returns the last chunk."""
         num_tokens = 0
-        async with aclosing(self._generations.chunks(choice)) as chunks:
+        async with aclosing(self._generations.chunks(choice, as_stream=True)) as chunks:
             async for chunk in chunks:
                 num_tokens += len(chunk.token_ids)
                 if (part := choice.part(chunk)) is not None:

@@ -21,6 +21,7 @@ from server import convert
 from server.http.openai.requests import (
     GenerationParameters,
     Message,
+    ResponseFormat,
     StructuredOutputs,
 )
 
@@ -28,9 +29,10 @@ from server.http.openai.requests import (
 TEMPERATURE = 1.0
 MAX_TOKENS = 16  # of completions
 
-# Parameters by the library's names of them; others of its names are the same behind the last dot.
+# Parameters by the library's names of them; `sampling.top_p` is just top_p.
 NAMES = {"chat": "messages", "tokens.ids": "prompt", "structured_output": "response_format"}
 SEEDS = 2**63
+ANY_OBJECT = '{"type": "object"}'
 
 
 @contextmanager
@@ -39,7 +41,7 @@ def named_as_asked() -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        name = NAMES.get(error.field, error.field.rpartition(".")[2])
+        name = NAMES.get(error.field, error.field.removeprefix("sampling."))
         raise InvalidRequest(name, error.description) from None
 
 
@@ -107,58 +109,60 @@ def _or(value: float | None, default: float) -> float:
 def structured_output(asked: GenerationParameters) -> StructuredOutput | None:
     """OpenAI's `response_format`, vLLM's `structured_outputs`, or its older `guided_*`; one of
     them. Raises InvalidRequest."""
-    guided = StructuredOutputs(
-        json=asked.guided_json,
-        regex=asked.guided_regex,
-        choice=asked.guided_choice,
-        grammar=asked.guided_grammar,
-    )
-    found = {
-        "response_format": _of_format(asked),
+    forms = {
+        "response_format": _of_format(asked.response_format),
         "structured_outputs": _of_extension(asked.structured_outputs),
-        "guided_json": _of_extension(guided, "guided_json"),
+        "guided_json": _form("guided_json", json_schema=asked.guided_json),
+        "guided_regex": _form("guided_regex", regex=asked.guided_regex),
+        "guided_choice": _form("guided_choice", choice=asked.guided_choice),
+        "guided_grammar": _form("guided_grammar", grammar=asked.guided_grammar),
     }
-    given = {name: form for name, form in found.items() if form is not None}
+    given = [(name, form) for name, form in forms.items() if form is not None]
     if len(given) > 1:
-        raise InvalidRequest(list(given)[1], f"must not be given beside {next(iter(given))}")
-    return next(iter(given.values()), None)
+        raise InvalidRequest(given[1][0], f"must not be given beside {given[0][0]}")
+    return given[0][1] if given else None
 
 
-def _of_format(asked: GenerationParameters) -> StructuredOutput | None:
-    form = asked.response_format
+def _of_format(form: ResponseFormat | None) -> StructuredOutput | None:
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
-        return StructuredOutput(json_schema='{"type": "object"}')
+        return StructuredOutput(json_schema=ANY_OBJECT)
     if form.json_schema is None:
         raise InvalidRequest("response_format.json_schema", "is required")
-    return StructuredOutput(json_schema=_text(form.json_schema.schema_ or {}))
+    return _form("response_format", json_schema=form.json_schema.schema_ or {})
 
 
-def _of_extension(
-    asked: StructuredOutputs | None, name: str = "structured_outputs"
-) -> StructuredOutput | None:
+def _of_extension(asked: StructuredOutputs | None) -> StructuredOutput | None:
     if asked is None:
         return None
-    forms = {
-        "json_schema": None if asked.json_ is None else _text(asked.json_),
-        "regex": asked.regex,
-        "choice": tuple(asked.choice) if asked.choice is not None else None,
-        "grammar": asked.grammar,
-    }
-    given: dict[str, Any] = {key: value for key, value in forms.items() if value is not None}
-    if asked.json_object:
-        given = {**given, "json_schema": given.get("json_schema", '{"type": "object"}')}
-    if not given and name != "structured_outputs":
-        return None
-    if len(given) != 1 or given.get("choice") == ():
+    schema = ANY_OBJECT if asked.json_object and asked.json_ is None else asked.json_
+    form = _form(
+        "structured_outputs",
+        json_schema=schema,
+        regex=asked.regex,
+        choice=asked.choice,
+        grammar=asked.grammar,
+    )
+    if form is None:
         wanted = "json, regex, choice, grammar, json_object"
-        raise InvalidRequest(name, f"must be one of {wanted}, got {list(given) or 'none'}")
-    return StructuredOutput(**given)
+        raise InvalidRequest("structured_outputs", f"must be one of {wanted}, got none")
+    return form
 
 
-def _text(schema: dict[str, Any] | str) -> str:
-    return schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+def _form(name: str, **forms: Any) -> StructuredOutput | None:
+    """The one of these that is given; None if none is. Raises InvalidRequest naming `name`."""
+    given = {key: value for key, value in forms.items() if value is not None}
+    if not given:
+        return None
+    if isinstance(given.get("json_schema"), dict):
+        given["json_schema"] = json.dumps(given["json_schema"], ensure_ascii=False)
+    if "choice" in given:
+        given["choice"] = tuple(given["choice"])
+    try:
+        return StructuredOutput(**given)
+    except InvalidRequest as error:
+        raise InvalidRequest(name, error.description) from None
 
 
 def chat_messages(given: list[Message]) -> tuple[ChatMessage, ...]:

@@ -23,6 +23,7 @@ MAX_CHOICES = 128
 """Generations of one request, all prompts together."""
 
 
+MAX_MESSAGES = 4096
 MAX_ERRORS = 100
 """Of one request; looking at more would hold up others."""
 
@@ -230,7 +231,7 @@ class Message(Parameters):
 class ChatParameters(GenerationParameters):
     """Of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

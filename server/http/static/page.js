@@ -87,9 +87,8 @@ byId("token-form").addEventListener("submit", (event) => {
   refresh();
 });
 byId("forget-token").addEventListener("click", () => {
-  byId("token").value = "";
   setToken("");
-  refresh();
+  location.reload(); // and with it all that the token let be seen
 });
 byId("token").value = token();
 byId("token-form").hidden = !token();
