@@ -25,7 +25,7 @@ from tools.chromium import chromium  # noqa: E402
 ADAPTERS = ("e2e", "snips", "tickets")
 ASKED = ("snips", "tickets")
 PROMPT = "Hello, FormFlow crashes when I open it, please help today. The case is CS-1042. =>"
-TIMEOUT_MS = 120_000
+TIMEOUT_MS = 200_000
 SETTLE_MS = 2000  # a refresh shows the latencies
 
 
@@ -65,7 +65,9 @@ def copied(adapters: Path, scratch: Path) -> Path:
 
 def ask(page: Page) -> None:
     """Twice: the first time, adapters may have to be read."""
-    page.get_by_role("radio", name="Completion").check(force=True)
+    for name in ADAPTERS:
+        expect(page.get_by_role("checkbox", name=name)).to_be_visible()
+    page.get_by_role("radio", name="Completion").check()
     for box in page.get_by_role("group", name="Side by side").get_by_role("checkbox").all():
         name = box.get_attribute("value")
         box.set_checked(name in ASKED or name not in ADAPTERS)

@@ -95,6 +95,7 @@ class AdaptersApi:
                 received = received_files(request, self._gate.require_upload_size)
                 files = await stack.enter_async_context(received)
                 entries = tuple(file.entry for file in files)
+                self._gate.require_upload_size(sum(entry.size_bytes for entry in entries))
                 manifest = convert.manifest(UploadManifest(name, entries, expected))
             upload = await stack.enter_async_context(self._runtime.upload(manifest))
             for file in files:

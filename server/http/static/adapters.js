@@ -144,15 +144,16 @@ class Row extends Cells {
 
   update(adapter, merged) {
     this.adapter = adapter;
-    this.isMerged = adapter.state === "merged";
+    this.isMerged = merged.split("@")[0] === adapter.name;
     setText(this.note, adapter.version ? adapter.version.slice(0, 12) : "");
     this.note.title = adapter.version;
-    setText(this.badge, stateOf(adapter));
+    const isOldOne = this.isMerged && adapter.state !== "merged";
+    setText(this.badge, stateOf(adapter) + (isOldOne ? ", an older version is merged" : ""));
     this.badge.dataset.state = adapter.state;
     this.pin.hidden = !adapter.pinned;
     setText(this.cells["Rank"], rankOf(adapter));
     this.showLatency(adapter.latency);
-    this.showPermitted(adapter, merged);
+    this.showPermitted(adapter);
     setText(this.reason, adapter.reason);
     this.reason.hidden = !adapter.reason;
     this.more.hidden = this.opened.hidden && !adapter.reason;

@@ -118,7 +118,7 @@ def choose(page: Page, *names: str) -> None:
 
 
 def ask(page: Page, mode: str, prompt: str, max_tokens: int) -> None:
-    page.get_by_role("radio", name=mode).check(force=True)
+    page.get_by_role("radio", name=mode).check()
     page.get_by_label("Max tokens").fill(str(max_tokens))
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.keyboard.press("Control+Enter")
