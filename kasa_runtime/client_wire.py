@@ -40,6 +40,8 @@ class GenerateOptions(TypedDict, total=False):
     timeout_s: float | None  # default: none
     request_id: str  # for the server's log
     cache_salt: str  # only requests with the same one share cached prefixes; default: ""
+    prompt_logprobs: int | None  # of the prompt's tokens, and of so many likeliest; default: none
+    structured_output: t.StructuredOutput | None  # the form of the text; default: any
 
 
 class Stubs:
@@ -141,6 +143,8 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> Any:
         tokens=None if token_ids is None else generation_pb2.TokenIds(ids=token_ids),
         sampling=generation_pb2.SamplingParams(**sampling),
         cache_salt=options.get("cache_salt", ""),
+        prompt_logprobs=options.get("prompt_logprobs"),
+        structured_output=_structured_output(options.get("structured_output")),
     )
 
 
@@ -160,6 +164,15 @@ def _require_one(**inputs: object) -> None:
     if len(given) != 1:
         found = " and ".join(given) or "none"
         raise errors.InvalidRequest("input", f"give one of {', '.join(inputs)}, got {found}")
+
+
+def _structured_output(wanted: t.StructuredOutput | None) -> Any:
+    if wanted is None:
+        return None
+    choice = generation_pb2.Choice(options=wanted.choice) if wanted.choice else None
+    return generation_pb2.StructuredOutput(
+        json_schema=wanted.json_schema, regex=wanted.regex, choice=choice, grammar=wanted.grammar
+    )
 
 
 def _chat(messages: Sequence[t.ChatMessage] | None) -> Any:
@@ -184,6 +197,7 @@ def chunk(message: Any) -> t.TokenChunk:
         adapter=message.adapter,
         mode=_enum(t.Mode, generation_pb2.Mode, message.mode) or t.Mode.BASE,
         timing=_same(t.Timing, timing) if message.HasField("timing") else None,
+        prompt_logprobs=_prompt_logprobs(message.prompt_logprobs),
     )
 
 
@@ -229,6 +243,11 @@ def _adapter_of(response: Any) -> t.AdapterInfo:
 def _logprobs(entry: Any) -> t.TokenLogprobs:
     top = tuple((each.token_id, each.logprob) for each in entry.top)
     return t.TokenLogprobs(entry.token_id, entry.logprob, top)
+
+
+def _prompt_logprobs(entries: Sequence[Any]) -> tuple[t.TokenLogprobs | None, ...]:
+    """The first token's is None, as it follows nothing."""
+    return (None, *map(_logprobs, entries[1:])) if entries else ()
 
 
 def _same(result: type[Result], message: Any) -> Result:

@@ -57,7 +57,10 @@ class Generation:
         if output.token_ids:
             self._count(len(output.token_ids))
         chunk = TokenChunk(
-            self.detokenizer.push(output.token_ids), output.token_ids, output.logprobs
+            self.detokenizer.push(output.token_ids),
+            output.token_ids,
+            output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
         )
         if self.detokenizer.stopped:
             return self.end(FinishReason.STOP, chunk)

@@ -17,6 +17,9 @@ from kasa_runtime.errors import InvalidRequest
 BASE = ""
 """The adapter name that stands for the base model."""
 
+MAX_LOGPROBS = 20
+"""Tokens that are told in the place of one, at most."""
+
 
 class FinishReason(StrEnum):
     """Why a generation ended."""
@@ -125,7 +128,8 @@ class SamplingParams:
             self.stop,
         )
         if self.logprobs is not None:
-            _require(0 <= self.logprobs <= 20, "logprobs", "from 0 to 20", self.logprobs)
+            wanted = f"from 0 to {MAX_LOGPROBS}"
+            _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", wanted, self.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +197,8 @@ class GenerationRequest:
 
     `adapter` is "" (base model), "name" (its current version) or "name@version". `deadline_s` is on
     the clock of `time.monotonic`. `request_id` must be unique among the requests in flight. Only
-    requests with one `cache_salt` share what is in the prefix cache.
+    requests with one `cache_salt` share what is in the prefix cache. Raises InvalidRequest naming
+    `prompt_logprobs`.
     """
 
     request_id: str
@@ -209,11 +214,19 @@ class GenerationRequest:
     tools: tuple[Mapping[str, Any], ...] = ()  # that the chat template tells of, as OpenAI has them
     trace: Trace | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        count = self.prompt_logprobs
+        if count is not None and not 0 <= count <= MAX_LOGPROBS:
+            raise InvalidRequest(
+                "prompt_logprobs", f"must be from 0 to {MAX_LOGPROBS}, got {count}"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Log-probability (natural logarithm, of the model's own distribution before penalties and
-    temperature) of one generated token, and of the most likely ones, most likely first."""
+    temperature) of one token, generated or the prompt's, and of the ones most likely in its place,
+    most likely first."""
 
     token_id: int
     logprob: float

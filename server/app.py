@@ -80,7 +80,6 @@ class Edge(Metrics):
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config.max_adapter_labels)
         self.gate = Gate(config)
-        self.pace = Pace(config.stream_interval)
         self.health = Health(self.gate)
         self.certificates = Certificates(config.tls) if config.tls.enabled else None
         endpoint = config.otlp_endpoint
@@ -107,7 +106,11 @@ class Server:
         interceptors = [GrpcMetrics(edge.registry)]
         self._grpc = grpc.aio.server(interceptors=interceptors, options=options)
         self._generating = Generating(
-            runtime, edge, edge.pace, log_prompts=config.log_prompts, tracing=edge.tracing
+            runtime,
+            edge,
+            Pace(config.stream_interval),
+            log_prompts=config.log_prompts,
+            tracing=edge.tracing,
         )
         self._pages = Pages(runtime, edge, edge.gate, vllm_metrics=config.vllm_metrics)
         self._adapters = Adapters(runtime, edge, edge.gate)

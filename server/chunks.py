@@ -49,7 +49,7 @@ def merge_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
         text="".join(chunk.text for chunk in chunks),
         token_ids=tuple(chain.from_iterable(chunk.token_ids for chunk in chunks)),
         logprobs=tuple(chain.from_iterable(chunk.logprobs for chunk in chunks)),
-        prompt_logprobs=chunks[0].prompt_logprobs,
+        prompt_logprobs=tuple(chain.from_iterable(chunk.prompt_logprobs for chunk in chunks)),
     )
 
 

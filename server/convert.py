@@ -24,6 +24,7 @@ from kasa_runtime.types import (
     ManifestFile,
     ModelInfo,
     SamplingParams,
+    StructuredOutput,
     TokenChunk,
     TokenLogprobs,
     UploadManifest,
@@ -52,6 +53,8 @@ def generation_request(
         sampling=_sampling(message.sampling),
         deadline_s=deadline_s,
         cache_salt=cache_salt(message.cache_salt),
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        structured_output=_structured_output(message),
         **_input(message),
     )
 
@@ -143,6 +146,17 @@ def _input(message: Any) -> dict[str, Any]:
     raise InvalidRequest("input", f"must be one of {', '.join(choices)}, got none")
 
 
+def _structured_output(message: generation_pb2.GenerateRequest) -> StructuredOutput | None:
+    if not message.HasField("structured_output"):
+        return None
+    wire = message.structured_output
+    form = wire.WhichOneof("form")
+    if form == "choice":
+        options = _not_empty("structured_output.choice.options", wire.choice.options)
+        return StructuredOutput(choice=tuple(options))
+    return StructuredOutput(**{form: getattr(wire, form)} if form else {})
+
+
 def cache_salt(value: str) -> str:
     if len(value) > MAX_SALT:
         raise InvalidRequest("cache_salt", f"must be at most {MAX_SALT} characters")
@@ -213,6 +227,7 @@ def _chunk_fields(chunk: TokenChunk) -> dict[str, Any]:
         "text": chunk.text,
         "token_ids": chunk.token_ids,
         "logprobs": [_logprobs(entry) for entry in chunk.logprobs],
+        "prompt_logprobs": [_logprobs(entry) for entry in chunk.prompt_logprobs],
     }
     if chunk.finish_reason is None:
         return fields
@@ -232,7 +247,10 @@ def _chunk_fields(chunk: TokenChunk) -> dict[str, Any]:
     return fields
 
 
-def _logprobs(entry: TokenLogprobs) -> generation_pb2.TokenLogprobs:
+def _logprobs(entry: TokenLogprobs | None) -> generation_pb2.TokenLogprobs:
+    """Empty for None, as a prompt's first token has it."""
+    if entry is None:
+        return generation_pb2.TokenLogprobs()
     return generation_pb2.TokenLogprobs(
         token_id=entry.token_id,
         logprob=entry.logprob,

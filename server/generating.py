@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import replace
+from typing import Any
 
 from kasa_runtime.runtime import Runtime
 from kasa_runtime.tokens import Action
@@ -47,14 +48,19 @@ class Generating:
 
         Raises, beside what `Runtime.generate` does, PermissionDenied, and DeadlineExpired after
         the last chunk."""
-        with self._traced(self._permitted(request, call), call) as request:
+        facts: dict[str, Any] = {}  # of this one: a call may have several
+        with self._traced(self._permitted(request, call), call, facts) as request:
             delivery = self._metrics.delivery(request.adapter, call.arrival_s)
             pace = self._pace if as_stream else None
             async with aclosing(coalesced(self._runtime.generate(request), pace)) as chunks:
                 async for chunk in chunks:
                     yield chunk
                     delivery.wrote(chunk)
-                    _end(chunk, call)
+                    if chunk.finish_reason is not None:
+                        facts |= _facts(chunk)
+                        call.add(facts)
+                    if chunk.finish_reason is FinishReason.DEADLINE:
+                        raise DeadlineExpired
 
     def _permitted(self, request: GenerationRequest, call: Call) -> GenerationRequest:
         call.caller.require(Action.GENERATE, request.adapter)
@@ -69,25 +75,21 @@ class Generating:
         return request
 
     def _traced(
-        self, request: GenerationRequest, call: Call
+        self, request: GenerationRequest, call: Call, facts: Mapping[str, Any]
     ) -> AbstractContextManager[GenerationRequest]:
         """The request, with a trace if there are any."""
         if self._tracing is None:
             return nullcontext(request)
         model = self._runtime.model.name
-        return self._tracing.traced(request, model, call.metadata, call.facts)
+        return self._tracing.traced(request, model, call.metadata, facts)
 
 
-def _end(chunk: TokenChunk, call: Call) -> None:
-    """What is to be done with a chunk if it is the last. A call may have several generations: their
-    tokens add up."""
-    if chunk.finish_reason is None:
-        return
-    facts = call.facts
-    facts |= {"adapter": chunk.adapter, "mode": chunk.mode.value}
-    facts["finish_reason"] = chunk.finish_reason.value
-    if (usage := chunk.usage) is not None:
-        for name in ("prompt_tokens", "cached_prompt_tokens", "completion_tokens"):
-            facts[name] = facts.get(name, 0) + getattr(usage, name)
-    if chunk.finish_reason is FinishReason.DEADLINE:
-        raise DeadlineExpired
+def _facts(last: TokenChunk) -> dict[str, Any]:
+    """What is known by the end of a generation."""
+    facts: dict[str, Any] = {"adapter": last.adapter, "mode": last.mode.value}
+    facts["finish_reason"] = last.finish_reason and last.finish_reason.value
+    if (usage := last.usage) is not None:
+        facts["prompt_tokens"] = usage.prompt_tokens
+        facts["cached_prompt_tokens"] = usage.cached_prompt_tokens
+        facts["completion_tokens"] = usage.completion_tokens
+    return facts

@@ -324,6 +324,21 @@ async def test_logprobs_come_with_their_tokens(tiny_chat_model: Path, adapters_d
     assert all(e.top[0] == (e.token_id, e.logprob) and len(e.top) == 2 for e in entries)
 
 
+async def test_log_probabilities_of_the_prompt_come_with_the_first_tokens(
+    tiny_chat_model: Path, adapters_dir: Path
+) -> None:
+    async with serving(tiny_chat_model, adapters_dir) as runtime:
+        ids = runtime.tokenize(prompt="the quick brown")
+        request = ask(prompt="the quick brown", sampling=SamplingParams(max_tokens=4))
+        chunks = await read(runtime, replace(request, prompt_logprobs=2))
+    first, *others = (chunk for chunk in chunks if chunk.token_ids)
+    assert not any(chunk.prompt_logprobs for chunk in others)
+    assert first.prompt_logprobs[0] is None
+    entries = [entry for entry in first.prompt_logprobs if entry is not None]
+    assert [entry.token_id for entry in entries] == ids[1:]
+    assert all(len(entry.top) == 2 for entry in entries)
+
+
 async def test_many_at_once(
     tiny_chat_model: Path, adapters_dir: Path, want: Callable[[str], list[int]]
 ) -> None:

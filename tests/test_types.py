@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kasa_runtime.errors import InvalidRequest
-from kasa_runtime.types import FinishReason, Mode, Observer, SamplingParams
+from kasa_runtime.types import FinishReason, GenerationRequest, Mode, Observer, SamplingParams
 
 NAN, INF = math.nan, math.inf
 
@@ -35,6 +35,14 @@ def test_a_sampling_value_out_of_range_is_refused_by_name(field: str, value: Any
         SamplingParams(**{field: value})
     assert caught.value.field == f"sampling.{field}"
     assert "got" in caught.value.description
+
+
+@pytest.mark.parametrize("count", [-1, 21])
+def test_more_log_probabilities_of_the_prompt_than_there_may_be_are_refused(count: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"prompt_logprobs: must be from 0 to 20, got {count}"):
+        GenerationRequest("a", prompt="a", prompt_logprobs=count)
+    for allowed in (None, 0, 20):
+        GenerationRequest("a", prompt="a", prompt_logprobs=allowed)
 
 
 @pytest.mark.parametrize(

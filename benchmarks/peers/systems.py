@@ -68,8 +68,8 @@ SYSTEMS = {
         ours_on_vllm("ours-vllm", {"max_lora_rank": 2 * RANK}, AdapterMethod.KASA),  # r + t
         ours_on_vllm("ours-vllm-lora", {"max_lora_rank": RANK}, AdapterMethod.LORA),
         served("ours-grpc", "kasa_runtime.cli", *LOGGING),
+        served("ours-grpc-every-token", "kasa_runtime.cli", *LOGGING, "--stream-interval", "1"),
         served("ours-http", "kasa_runtime.cli", *LOGGING, driver=SERVED_HTTP),
-        served("ours-grpc-every-token", "kasa_runtime.cli", "--stream-interval", "1"),
         served("ours-grpc-unobserved", "benchmarks.peers.unobserved", "--log-level", "error"),
         System("transformers", "benchmarks.peers.transformers", environment=TRANSFORMERS),
         System("peft", "benchmarks.peers.peft", (Mix.MIXED,), TRANSFORMERS),

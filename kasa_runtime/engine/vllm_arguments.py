@@ -12,14 +12,13 @@ from typing import Any
 
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import ConfigError, InvalidRequest
-from kasa_runtime.types import SamplingParams
+from kasa_runtime.types import MAX_LOGPROBS, SamplingParams, StructuredOutput
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's buffers have one of these ranks."""
 
 WORKER_EXTENSION = "kasa_runtime.engine.vllm_worker.KasaWorker"
 
-MAX_LOGPROBS = 20
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 MAX_PENALTY = 2.0
 
@@ -46,6 +45,7 @@ _OURS = {
     "logprobs_mode": "",
     "max_logprobs": "",
     "skip_tokenizer_init": "",
+    "structured_outputs_config": "",
     "worker_extension_cls": "",
 }
 
@@ -58,7 +58,6 @@ def engine_arguments(
     _require_device(config, on_cpu=on_cpu)
     arguments: dict[str, Any] = {
         "model": str(model_dir),
-        "skip_tokenizer_init": True,
         "dtype": "float32" if on_cpu and config.dtype == "auto" else config.dtype,
         "max_model_len": config.max_model_len or -1,  # -1: what model and KV cache allow
         "max_num_seqs": config.max_num_seqs,
@@ -130,7 +129,9 @@ def _given(config: EngineConfig) -> dict[str, Any]:
     return given
 
 
-def sampling_arguments(sampling: SamplingParams) -> dict[str, Any]:
+def sampling_arguments(
+    sampling: SamplingParams, prompt_logprobs: int | None = None
+) -> dict[str, Any]:
     """The fields of vLLM's sampling parameters; stop strings are cut above the engine. Raises
     InvalidRequest where vLLM's would mean something else, or are not so wide."""
     t = sampling.temperature
@@ -164,7 +165,15 @@ def sampling_arguments(sampling: SamplingParams) -> dict[str, Any]:
             "logprobs",
         )
     }
-    return {**same, "detokenize": False}
+    return {**same, "prompt_logprobs": prompt_logprobs, "detokenize": False}
+
+
+def structured_arguments(wanted: StructuredOutput) -> dict[str, Any]:
+    """The fields of vLLM's parameters of structured output, whose backend is llguidance too."""
+    if wanted.choice:
+        return {"choice": list(wanted.choice)}
+    given = {"json": wanted.json_schema, "regex": wanted.regex, "grammar": wanted.grammar}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _require(ok: bool, field: str, wanted: str, found: object) -> None:

@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,9 @@ from kasa_runtime.background import finish, in_background, on_loop_clock
 from kasa_runtime.engine import vllm_process
 from kasa_runtime.engine.base import Engine, EngineOutput, EngineRequest, EngineStats
 from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.engine.grammar import check
 from kasa_runtime.engine.vllm_adapters import Tails, difference_rank, write_difference
-from kasa_runtime.engine.vllm_arguments import sampling_arguments
+from kasa_runtime.engine.vllm_arguments import sampling_arguments, structured_arguments
 from kasa_runtime.errors import (
     AdapterInvalid,
     CapacityExceeded,
@@ -109,9 +110,11 @@ class VllmEngine(Engine):
             raise KasaError(f"request id {request.request_id!r} is in use")
         if request.adapter is not None and request.adapter not in self._residents:
             raise KeyError(request.adapter)
-        arguments = sampling_arguments(request.sampling)
+        arguments = sampling_arguments(request.sampling, request.prompt_logprobs)
         self._ids.add(request.request_id)
         try:
+            if request.structured_output is not None:
+                await in_background(check, request.structured_output)
             ended = await self._wait_for_turn(request)
             if ended is not None:
                 yield EngineOutput(request.request_id, (), (), ended, None, self._mode(request))
@@ -180,7 +183,7 @@ class VllmEngine(Engine):
         self, request: EngineRequest, arguments: dict[str, Any]
     ) -> AsyncGenerator[EngineOutput, None]:
         from vllm.exceptions import VLLMValidationError
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
         from vllm.sampling_params import SamplingParams as VllmSamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -188,6 +191,8 @@ class VllmEngine(Engine):
         lora = self._residents[request.adapter].lora if has_lora else None
         self._inside[request.request_id] = request.adapter, has_lora
         params = VllmSamplingParams(**arguments, output_kind=RequestOutputKind.DELTA)
+        if (wanted := request.structured_output) is not None:
+            params.structured_outputs = StructuredOutputsParams(**structured_arguments(wanted))
         deadline_s = on_loop_clock(request.deadline_s)
         scheduled_s = None
         outputs = self._llm.generate(
@@ -229,18 +234,22 @@ class VllmEngine(Engine):
 
     def _output(self, request: EngineRequest, output: Any) -> EngineOutput:
         [completion] = output.outputs
-        count = request.sampling.logprobs
+        count, of_prompt = request.sampling.logprobs, request.prompt_logprobs
         if output.finished and completion.finish_reason not in REASONS:
             raise KasaError(f"vLLM ended it for the reason {completion.finish_reason!r}")
         return EngineOutput(
             request.request_id,
             tuple(completion.token_ids),
-            () if count is None else _logprobs(completion, count),
+            () if count is None else _logprobs(completion.token_ids, completion.logprobs, count),
             REASONS[completion.finish_reason] if output.finished else None,
             # of the engine's process, on the clock that all processes share
             output.metrics.scheduled_ts if output.metrics else None,
             self._mode(request),
             output.num_cached_tokens or 0,
+            # of a delta: all of them in the first, none in the others
+            _logprobs(request.prompt_ids, output.prompt_logprobs, of_prompt)
+            if of_prompt is not None and output.prompt_logprobs
+            else (),
         )
 
     # --- adapters ---------------------------------------------------------------------------------
@@ -439,10 +448,14 @@ def _lora_request(name: str, number: int, directory: Path) -> Any:
     return LoRARequest(name, number, str(directory))
 
 
-def _logprobs(completion: Any, count: int) -> tuple[TokenLogprobs, ...]:
-    """Of every new token its own, and the `count` most likely ones; vLLM gives both in one."""
-    found = []
-    for token_id, row in zip(completion.token_ids, completion.logprobs, strict=True):
+def _logprobs(token_ids: Sequence[int], rows: Sequence[Any], count: int) -> tuple[Any, ...]:
+    """Of every token its own, and the `count` most likely ones; vLLM gives both in one row. None
+    where it has no row, as for the first of a prompt."""
+    found: list[TokenLogprobs | None] = []
+    for token_id, row in zip(token_ids, rows, strict=True):
+        if row is None:
+            found.append(None)
+            continue
         ranked = sorted((p.rank, i, p.logprob) for i, p in row.items() if p.rank <= count)
         top = tuple((i, logprob) for _, i, logprob in ranked[:count])
         found.append(TokenLogprobs(token_id, row[token_id].logprob, top))

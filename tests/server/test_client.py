@@ -19,7 +19,9 @@ from kasa_runtime.types import (
     FinishReason,
     Mode,
     SamplingParams,
+    StructuredOutput,
     TokenChunk,
+    TokenLogprobs,
 )
 from server.app import Edge, Server
 
@@ -52,7 +54,7 @@ async def in_thread(served, use, **options):
 
 
 async def test_both_clients_return_the_same(served, client):
-    options = {"adapter": "style", "sampling": SamplingParams(logprobs=2)}
+    options = {"adapter": "style", "sampling": SamplingParams(logprobs=2), "prompt_logprobs": 1}
     ours = await client.generate("one two", **options)
     assert ours == await in_thread(served, lambda c: c.generate("one two", **options))
     assert ours.text == "one two "
@@ -60,11 +62,19 @@ async def test_both_clients_return_the_same(served, client):
     assert ours.mode is Mode.BATCHED
     assert ours.adapter == "style@abc123"
     assert ours.logprobs[1].top == ((1, -0.5), (7, -1.5))
+    assert ours.prompt_logprobs == (None, TokenLogprobs(1, -0.25, ((1, -0.25),)))
     assert await client.get_model() == await in_thread(served, lambda c: c.get_model())
     assert await client.get_model() == served.runtime.model
     listed = await client.list_adapters()
     assert listed == await in_thread(served, lambda c: c.list_adapters())
     assert [info.name for info in listed] == ["broken", "style"]
+
+
+async def test_a_stream_tells_of_the_prompt_once(client):
+    chunks = [chunk async for chunk in client.stream("one two three", prompt_logprobs=0)]
+    told = [chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs]
+    assert [[entry and entry.token_id for entry in entries] for entries in told] == [[None, 1, 2]]
+    assert chunks[0].prompt_logprobs
 
 
 async def test_adapter_survives_the_wire(served, client):
@@ -84,6 +94,21 @@ async def test_request_arrives_as_it_was_given(served, client):
     assert second.token_ids == (1, 2)
     assert (first.cache_salt, second.cache_salt) == ("", "tenant")
     assert second.sampling == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        StructuredOutput(json_schema="{}"),
+        StructuredOutput(regex=""),
+        StructuredOutput(choice=("a", "b")),
+        StructuredOutput(grammar="start: /a/"),
+    ],
+)
+async def test_a_structured_output_arrives_as_it_was_given(served, client, form):
+    await client.generate("a", structured_output=form)
+    await in_thread(served, lambda c: list(c.stream("a", structured_output=form)))
+    assert [request.structured_output for request in served.runtime.requests] == [form, form]
 
 
 async def test_streams(served, client):

@@ -6,8 +6,17 @@ import pytest
 from kasa.v1 import generation_pb2 as pb
 from kasa.v1 import model_pb2
 
+from kasa_runtime import client_wire as wire
 from kasa_runtime.errors import InvalidRequest
-from kasa_runtime.types import ChatMessage, FinishReason, Mode, SamplingParams, TokenChunk
+from kasa_runtime.types import (
+    ChatMessage,
+    FinishReason,
+    Mode,
+    SamplingParams,
+    StructuredOutput,
+    TokenChunk,
+    TokenLogprobs,
+)
 from server import convert
 from server.chunks import merge_chunks
 
@@ -19,6 +28,38 @@ def converted(**fields):
 def test_the_cache_salt_arrives():
     assert converted(prompt="a").cache_salt == ""
     assert converted(prompt="a", cache_salt="ä" * 256).cache_salt == "ä" * 256
+
+
+@pytest.mark.parametrize("count", [None, 0, 20])
+def test_the_number_of_prompt_logprobs_arrives(count):
+    assert converted(prompt="a", prompt_logprobs=count).prompt_logprobs == count
+
+
+def test_an_empty_entry_stands_for_the_prompts_first_token():
+    chunk = TokenChunk(
+        "a", (1,), prompt_logprobs=(None, TokenLogprobs(0, 0.0), TokenLogprobs(5, -2, ((3, -1),)))
+    )
+    for convert_chunk in (convert.generate_response, convert.stream_response):
+        first, certain, other = convert_chunk(chunk).prompt_logprobs
+        assert first == certain == pb.TokenLogprobs()
+        top = [pb.TokenLogprob(token_id=3, logprob=-1)]
+        assert other == pb.TokenLogprobs(token_id=5, logprob=-2, top=top)
+        assert wire.chunk(convert_chunk(chunk)).prompt_logprobs == chunk.prompt_logprobs
+
+
+@pytest.mark.parametrize(
+    ("wire", "want"),
+    [
+        ({"json_schema": "{}"}, StructuredOutput(json_schema="{}")),
+        ({"regex": ""}, StructuredOutput(regex="")),
+        ({"choice": pb.Choice(options=["a", ""])}, StructuredOutput(choice=("a", ""))),
+        ({"grammar": "start: /a/"}, StructuredOutput(grammar="start: /a/")),
+    ],
+)
+def test_every_form_of_a_structured_output_arrives(wire, want):
+    message = pb.StructuredOutput(**wire)
+    assert converted(prompt="a", structured_output=message).structured_output == want
+    assert converted(prompt="a").structured_output is None
 
 
 def chat(*messages):
@@ -73,6 +114,12 @@ def test_every_sampling_field_arrives():
         ({"prompt": "a", "adapter": "name@xyz"}, "adapter"),
         ({"prompt": "a", "adapter": "name\n"}, "adapter"),
         ({"prompt": "a", "cache_salt": "x" * 257}, "cache_salt"),
+        ({"prompt": "a", "prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt": "a", "structured_output": pb.StructuredOutput()}, "structured_output"),
+        (
+            {"prompt": "a", "structured_output": pb.StructuredOutput(choice=pb.Choice())},
+            "structured_output.choice.options",
+        ),
     ],
 )
 def test_bad_request_names_the_field(fields, field):
@@ -133,6 +180,9 @@ def test_every_enum_value_has_a_name_on_the_wire(reason, mode):
 
 def test_merged_chunks_keep_all_tokens_and_the_last_ones_end():
     end = TokenChunk("c", (3,), finish_reason=FinishReason.STOP, adapter="a@1", mode=Mode.MERGED)
-    merged = merge_chunks([TokenChunk("a", (1,)), TokenChunk("b", (2,)), end])
+    of_prompt = (None, TokenLogprobs(9, -1.0))
+    first = TokenChunk("a", (1,), prompt_logprobs=of_prompt)
+    merged = merge_chunks([TokenChunk("", ()), first, TokenChunk("b", (2,)), end])
     assert (merged.text, merged.token_ids) == ("abc", (1, 2, 3))
+    assert merged.prompt_logprobs == of_prompt
     assert (merged.finish_reason, merged.adapter) == (FinishReason.STOP, "a@1")

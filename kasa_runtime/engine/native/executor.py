@@ -53,7 +53,7 @@ class PackedBatch:
     token_ids: Tensor  # (num_tokens,) int64
     positions: Tensor  # (num_tokens,) int64
     sequences: tuple[SequenceSlice, ...]
-    logit_rows: Tensor  # (num_logits,) int64: the tokens whose logits are wanted
+    logit_rows: Tensor  # (num_logits,) int64, ascending: the tokens whose logits are wanted
 
     @classmethod
     def pack(

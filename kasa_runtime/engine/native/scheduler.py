@@ -3,9 +3,10 @@
 Every running sequence that decodes gets its token in every step. What is left of the token budget
 goes to prompts, in the order in which they were admitted, in chunks if they are longer; while
 others decode, only so much of it that they do not wait long. A prompt's beginning that is in the
-cache is not computed again, but for its last token, whose logits are wanted. When the cache is full
-the sequence that was admitted last gives its blocks back and recomputes later, before others are
-admitted, so the one admitted first always finishes.
+cache is not computed again, as far as no logits of it are wanted: those of its last token always
+are, those before it where log-probabilities of the prompt are. When the cache is full the sequence
+that was admitted last gives its blocks back and recomputes later, before others are admitted, so
+the one admitted first always finishes.
 
 Who is admitted next is fair between clients (`fair_queue.py`): of the client that got the fewest
 tokens, its oldest request. So every request waits a bounded time. Let its client's counter be `c`
@@ -27,6 +28,10 @@ from kasa_runtime.engine.native.executor import PackedBatch, SequenceSlice
 from kasa_runtime.engine.native.sequence import Sequence
 from kasa_runtime.types import FinishReason
 
+MAX_SCORED_TOKENS = 256
+"""Most prompt tokens of a step that give log-probabilities: the logits of each are as many as the
+vocabulary has tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
@@ -45,6 +50,8 @@ class ScheduledBatch:
         for seq, num_tokens in self.entries:
             token_ids += seq.token_ids[seq.num_computed : seq.num_computed + num_tokens]
             slices.append(SequenceSlice(num_tokens, seq.num_computed, seq.block_table, seq.slot))
+            first = len(token_ids) - num_tokens - seq.num_computed
+            logit_rows += [first + position for position in seq.scoring(num_tokens)]
             if num_tokens == seq.num_pending:
                 logit_rows.append(len(token_ids) - 1)
         return PackedBatch.pack(token_ids, slices, logit_rows)
@@ -135,7 +142,7 @@ class Scheduler:
         """Returns what is left of the budget of prompt tokens."""
         for seq in self.running:  # which may lose its end on the way
             decodes = seq.num_pending == 1
-            num_tokens = 1 if decodes else min(seq.num_pending, budget)
+            num_tokens = 1 if decodes else self._chunk(seq, budget, entries)
             if num_tokens and self._make_room(seq, seq.num_computed + num_tokens):
                 self.blocks.grow(seq.block_table, seq.num_computed + num_tokens)
                 entries.append((seq, num_tokens))
@@ -160,8 +167,9 @@ class Scheduler:
                 return
             if self._prefix_caching:
                 self._share_prefix(seq)
-            num_tokens = min(seq.num_pending, budget)
-            if not self.blocks.can_grow(seq.block_table, seq.num_computed + num_tokens):
+            num_tokens = self._chunk(seq, budget, entries)
+            has_room = self.blocks.can_grow(seq.block_table, seq.num_computed + num_tokens)
+            if not num_tokens or not has_room:
                 self._take_blocks(seq)
                 return
             self.blocks.grow(seq.block_table, seq.num_computed + num_tokens)
@@ -173,6 +181,15 @@ class Scheduler:
                 self._first_scheduled(seq, now_s)
             entries.append((seq, num_tokens))
             budget -= num_tokens
+
+    def _chunk(self, seq: Sequence, budget: int, entries: list[tuple[Sequence, int]]) -> int:
+        """How many tokens of a prompt are computed beside `entries`."""
+        num_tokens = min(seq.num_pending, budget)
+        if wanted := seq.scoring(num_tokens):
+            room = MAX_SCORED_TOKENS - sum(len(other.scoring(n)) for other, n in entries)
+            if len(wanted) > room:
+                return wanted[room] - seq.num_computed
+        return num_tokens
 
     def _next(self) -> Sequence | None:
         """Who is to be admitted next."""
@@ -186,14 +203,14 @@ class Scheduler:
         seq.num_cached_tokens = seq.num_computed
         num_new_tokens = seq.num_prompt_tokens - seq.num_cached_tokens
         self._queue.charge(seq.request.client, INPUT_WEIGHT * num_new_tokens)
-        if self._prefix_caching:
+        if self._prefix_caching and not seq.prompt_logprobs:  # of which nothing was looked for
             self.prefix_cache_queries += seq.num_prompt_tokens
             self.prefix_cache_hits += seq.num_cached_tokens
 
     def _share_prefix(self, seq: Sequence) -> None:
         """Begin with the blocks that others have computed."""
         size = self.blocks.block_size
-        hashes = seq.block_hashes((len(seq.token_ids) - 1) // size, size)
+        hashes = seq.block_hashes(seq.first_wanted // size, size)
         self.blocks.share(seq.block_table, hashes)
         seq.num_published = len(seq.block_table)
         seq.num_computed = seq.num_published * size

@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 
 from kasa_runtime.engine.base import EngineRequest
 from kasa_runtime.engine.native.block_manager import block_hash, root_hash
+from kasa_runtime.engine.native.constraint import Constraint
 from kasa_runtime.engine.native.executor import NO_SLOT
 from kasa_runtime.engine.native.token_counts import TokenCounts
+from kasa_runtime.types import TokenLogprobs
+
+NOTHING = range(0)
 
 
 @dataclass(eq=False, slots=True)
@@ -17,11 +21,13 @@ class Sequence:
 
     The cache holds the first `num_computed` tokens, and others can find the first `num_published`
     blocks of them; a preempted sequence starts again from 0 and recomputes what it does not find.
-    `num_merges` is the engine's at its arrival."""
+    `num_merges` is the engine's at its arrival. `prompt_logprobs` are those of the prompt's first
+    tokens, as far as they are known; empty where nobody asked for them."""
 
     request: EngineRequest
     slot: int = NO_SLOT
     num_merges: int = 0
+    constraint: Constraint | None = None  # what its output has to follow
     token_ids: list[int] = field(default_factory=list)  # prompt, then output
     num_computed: int = 0
     num_published: int = 0
@@ -30,6 +36,7 @@ class Sequence:
     seed: int = 0
     scheduled_s: float | None = None
     cancelled: bool = False
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     _counts: TokenCounts | None = None
     _hashes: list[bytes] = field(default_factory=list)  # of its blocks, as far as asked for
 
@@ -37,6 +44,8 @@ class Sequence:
         self.token_ids = list(self.request.prompt_ids)
         given = self.request.sampling.seed
         self.seed = secrets.randbits(63) if given is None else given
+        if self.request.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]  # the first token follows nothing
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -50,6 +59,21 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens that are not in the cache: the prompt's rest, or the one token sampled last."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def first_wanted(self) -> int:
+        """Its first token whose logits are wanted: that before the first of the prompt whose
+        log-probability is not known yet, else the last one."""
+        num_known = len(self.prompt_logprobs)
+        return (num_known if 0 < num_known < self.num_prompt_tokens else len(self.token_ids)) - 1
+
+    def scoring(self, num_tokens: int) -> range:
+        """Which of its tokens give log-probabilities of the prompt if its next `num_tokens` are
+        computed: each that of the token after it."""
+        if not self.prompt_logprobs:
+            return NOTHING
+        end = min(self.num_computed + num_tokens, self.num_prompt_tokens - 1)
+        return range(self.first_wanted, end)
 
     def token_counts(self) -> TokenCounts:
         """Up to the last token; nothing is counted before it is asked for."""

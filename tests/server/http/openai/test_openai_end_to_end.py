@@ -161,3 +161,25 @@ async def test_an_adapter_is_loaded_and_unloaded(live):
     body = {"lora_name": "style"}
     assert "removed" in await live.client.post("/unload_lora_adapter", body=body, cast_to=str)
     assert not live.runtime.stats().resident_adapters
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_has_the_form_that_was_asked_for(live, stream):
+    asked = {"model": "style", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 30}
+    form = {"structured_outputs": {"choice": ["the quick fox", "a lazy dog"]}}
+    answer = await live.client.chat.completions.create(**asked, stream=stream, extra_body=form)
+    if stream:
+        parts = [part.choices[0] async for part in answer]
+        text, reason = "".join(part.delta.content or "" for part in parts), parts[-1].finish_reason
+    else:
+        text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert text in ("the quick fox", "a lazy dog") and reason == "stop"
+
+
+async def test_a_form_that_cannot_be_is_named_as_it_was_asked_for(live):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no type"}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        await live.client.completions.create(
+            model=live.base, prompt=PROMPT, extra_body={"response_format": form}
+        )
+    assert caught.value.param == "response_format"

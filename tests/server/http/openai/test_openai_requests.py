@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from kasa_runtime.errors import AdapterNotFound, InvalidRequest, KasaError
 from server.http.openai import chat, completions
 from server.http.openai.conversion import adapter_of, chat_messages
-from server.http.openai.requests import MAX_ERRORS, ChatParameters, CompletionParameters, parse
+from server.http.openai.parsing import MAX_ERRORS, parse
+from server.http.openai.requests import ChatParameters, CompletionParameters
 from server.http.openai.tools import tool_use
 
 VALUES = st.recursive(
