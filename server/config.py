@@ -165,6 +165,12 @@ class ServerConfig:
             )
         self._refuse_open_doors()
 
+    @property
+    def is_open_on_loopback(self) -> bool:
+        """Whether only the address that it listens on keeps strangers out."""
+        shut = self.access.enabled or self.access.insecure or self.tls.enabled
+        return _is_loopback(self.host) and not shut
+
     def _refuse_open_doors(self) -> None:
         if _is_loopback(self.host) or self.access.insecure:
             return

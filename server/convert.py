@@ -93,19 +93,25 @@ def upload_manifest(message: adapters_pb2.UploadAdapterRequest) -> UploadManifes
     """The manifest that the first message of an upload must be."""
     if message.WhichOneof("payload") != "manifest":
         raise InvalidRequest("manifest", "must be the first message of an upload")
-    manifest = message.manifest
-    expected = manifest.expected_version if manifest.HasField("expected_version") else None
-    if not 0 < len(manifest.files) <= MAX_FILES:
-        found = len(manifest.files)
+    wire = message.manifest
+    expected = wire.expected_version if wire.HasField("expected_version") else None
+    files = tuple(ManifestFile(file.path, file.size, file.sha256) for file in wire.files)
+    return manifest(UploadManifest(wire.name, files, expected))
+
+
+def manifest(given: UploadManifest) -> UploadManifest:
+    """What a client announces, checked."""
+    if not 0 < len(given.files) <= MAX_FILES:
+        found = len(given.files)
         raise InvalidRequest("manifest.files", f"must be 1 to {MAX_FILES} files, got {found}")
-    files = tuple(_manifest_file(index, file) for index, file in enumerate(manifest.files))
-    if len({file.path for file in files}) < len(files):
+    for index, file in enumerate(given.files):
+        _check_file(f"manifest.files[{index}]", file)
+    if len({file.path for file in given.files}) < len(given.files):
         raise InvalidRequest("manifest.files", "must name each file once")
-    return UploadManifest(
-        name=adapter_name("manifest.name", manifest.name),
-        files=files,
-        expected_version=expected and adapter_version("manifest.expected_version", expected),
-    )
+    adapter_name("manifest.name", given.name)
+    if given.expected_version:
+        adapter_version("manifest.expected_version", given.expected_version)
+    return given
 
 
 def upload_chunk(message: adapters_pb2.UploadAdapterRequest) -> tuple[str, int, bytes]:
@@ -192,8 +198,7 @@ def _sampling(message: generation_pb2.SamplingParams) -> SamplingParams:
     )
 
 
-def _manifest_file(index: int, file: adapters_pb2.UploadFile) -> ManifestFile:
-    field = f"manifest.files[{index}]"
+def _check_file(field: str, file: ManifestFile) -> None:
     if not FILE_NAME.fullmatch(file.path):
         raise InvalidRequest(
             f"{field}.path",
@@ -203,7 +208,6 @@ def _manifest_file(index: int, file: adapters_pb2.UploadFile) -> ManifestFile:
         raise InvalidRequest(
             f"{field}.sha256", f"must be 64 lower-case hex digits, got {file.sha256[:80]!r}"
         )
-    return ManifestFile(path=file.path, size_bytes=file.size, sha256=file.sha256)
 
 
 # To the wire.

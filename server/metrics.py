@@ -28,6 +28,7 @@ from prometheus_client import (
 from kasa_runtime.errors import KasaError, Overloaded
 from kasa_runtime.errors import reason as reason_of
 from kasa_runtime.types import AdapterInfo, FinishReason, Mode, Observer, TokenChunk
+from server.recent import Recent, Series
 from server.trace_context import exemplar
 
 BASE_LABEL, OTHER_LABEL = "_base", "_other"
@@ -83,6 +84,7 @@ class Metrics(Observer):
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a timestamp beside each series
         self.registry = CollectorRegistry()
         self.label = AdapterLabels(max_adapters)
+        self.recent = Recent()
         self._reasons: set[str] = set()
         self._by_adapter: list[Counter | Histogram] = []
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -176,6 +178,7 @@ class Metrics(Observer):
             self._ttft.labels(label),
             self._inter_token.labels(label),
             self._e2e.labels(label),
+            self.recent.series(label),
             arrival_s,
         )
 
@@ -227,6 +230,7 @@ class Metrics(Observer):
 
     def adapters_changed(self, adapters: Sequence[AdapterInfo]) -> None:
         for name in self.label.update(adapters):
+            self.recent.forget(name)
             for metric in self._by_adapter:
                 metric.remove_by_labels({"adapter": name})
 
@@ -235,11 +239,17 @@ class Delivery:
     """When the tokens of one request are written to its client."""
 
     def __init__(
-        self, ttft: Histogram, inter_token: Histogram, e2e: Histogram, arrival_s: float
+        self,
+        ttft: Histogram,
+        inter_token: Histogram,
+        e2e: Histogram,
+        recent: Series,
+        arrival_s: float,
     ) -> None:
         self._ttft = ttft
         self._inter_token = inter_token
         self._e2e = e2e
+        self._recent = recent
         self._arrival_s = arrival_s
         self._last_token_s: float | None = None
 
@@ -249,9 +259,12 @@ class Delivery:
         now_s, mark, count = time.monotonic(), exemplar(), len(chunk.token_ids)
         if count and self._last_token_s is None:
             self._ttft.observe(now_s - self._arrival_s, mark)
+            self._recent.first_token(now_s - self._arrival_s, count)
         elif count and self._last_token_s is not None:
+            gap_s = (now_s - self._last_token_s) / count
             for _ in range(count):
-                self._inter_token.observe((now_s - self._last_token_s) / count, mark)
+                self._inter_token.observe(gap_s, mark)
+            self._recent.tokens(gap_s, count)
         if count:
             self._last_token_s = now_s
         if chunk.finish_reason is not None:

@@ -16,15 +16,21 @@ from starlette.types import ASGIApp
 from server.http.calls import Calls
 from server.http.errors import to_problem
 from server.http.metrics import HttpMetrics
+from server.http.origin import OwnOrigin
 
 
-def build_app(routes: Sequence[Route], metrics: HttpMetrics) -> ASGIApp:
+def build_app(
+    routes: Sequence[Route], metrics: HttpMetrics, *, own_names_only: bool = False
+) -> ASGIApp:
     """The application; the caller runs it. A handler may raise any error: the client gets an error
-    object (`errors.py`)."""
+    object (`errors.py`). `own_names_only`: see `origin.py`."""
     paths = {route.endpoint: route.path for route in routes}
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Calls, metrics, paths)],
+        middleware=[
+            Middleware(Calls, metrics, paths),
+            Middleware(OwnOrigin, own_names_only=own_names_only),
+        ],
         exception_handlers={HTTPException: _answer},
     )
     app.router.redirect_slashes = False

@@ -91,7 +91,8 @@ class Calls:
         code = str(call.status or GONE)
         path = self._paths.get(scope.get("endpoint"))
         self._metrics.ended(path, scope["method"], code, call.arrival_s)
-        if call.client or call.status >= 400:  # not of every probe and scrape
+        # Not of every probe, every scrape and every look of a page.
+        if scope["method"] != "GET" or not 0 < call.status < 400:
             where = path or scope["raw_path"][:MAX_LOGGED].decode("ascii", "backslashreplace")
             call.method = f"{scope['method']} {where}"
             call.facts["code"] = code

@@ -32,7 +32,6 @@ from kasa_runtime.errors import (
     Unauthenticated,
 )
 from kasa_runtime.tokens import Action, Caller, Tokens
-from kasa_runtime.types import ManifestFile, UploadManifest
 from server import access
 from server.access import Gate, told_to
 from server.app import Edge, Server
@@ -384,14 +383,13 @@ async def test_a_larger_upload_is_refused(adapter_dir):
 def test_uploads_are_limited_by_client_and_minute():
     now_s = [0.0]
     gate = Gate(limited(max_uploads_per_minute=2), lambda: now_s[0])
-    manifest = UploadManifest("x", (ManifestFile("a", 1, "0" * 64),))
-    gate.upload("alice", manifest)
+    gate.upload("alice", 1)
     with pytest.raises(Overloaded, match="2 uploads per minute") as caught:
-        gate.upload("alice", manifest)
+        gate.upload("alice", 1)
     assert caught.value.retry_after_s == pytest.approx(30)
-    gate.upload("bob", manifest)
+    gate.upload("bob", 1)
     now_s[0] += 30.0
-    gate.upload("alice", manifest)
+    gate.upload("alice", 1)
 
 
 def test_clients_that_have_their_rate_back_are_forgotten(monkeypatch):
@@ -399,7 +397,7 @@ def test_clients_that_have_their_rate_back_are_forgotten(monkeypatch):
     now_s = [0.0]
     gate = Gate(limited(max_uploads_per_minute=60), lambda: now_s[0])
     for index in range(100):
-        gate.upload(f"client {index}", UploadManifest("x", ()))
+        gate.upload(f"client {index}", 0)
         now_s[0] += 0.5
     assert len(gate._uploads) <= 12
 

@@ -34,7 +34,7 @@ async def answer(reader) -> tuple[int, dict[str, object]]:
 
 
 def post(body: bytes, *headers: str, path: str = "/v1/completions") -> bytes:
-    given = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json", *headers]
+    given = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json", *headers]
     return "\r\n".join([*given, f"content-length: {len(body)}", "", ""]).encode() + body
 
 
@@ -113,7 +113,7 @@ async def test_a_large_body_gets_the_time_that_it_needs():
 async def test_an_idle_connection_is_closed():
     config = replace(CONFIG, http=HttpLimits(http_idle_s=0.1))
     async with serving_fake(config) as served, connection(served) as (reader, writer):
-        writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        writer.write(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert (await asyncio.wait_for(reader.read(), 5)).endswith(b"ok\n")
 
 
