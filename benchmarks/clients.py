@@ -1,5 +1,5 @@
-"""Programs that others wrote as clients of `kasa serve`: EleutherAI's lm-eval scores the base and an
-adapter through OpenAI's completions, whose log-probabilities transformers and PEFT then compute
+"""Programs that others wrote as clients of `kasa serve`: EleutherAI's lm-eval scores the base and
+an adapter through OpenAI's completions, whose log-probabilities transformers and PEFT then compute
 again; guidellm loads the server.
 
 python benchmarks/clients.py [--steps score verify load] [--model M] [--adapters DIR]
@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import time
 from pathlib import Path
 
-from benchmarks.clients import guidellm, lm_eval
+from benchmarks.clients import guidellm, lm_eval, program
 from benchmarks.clients.report import Agreement, Report
 from benchmarks.clients.server import serving
 from benchmarks.clients.tasks import Task, multiple_choice, tickets
@@ -42,15 +43,18 @@ def main(args: argparse.Namespace) -> None:
         *(multiple_choice(file, args.limit) for file in args.data),
     ]
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left
     report = Report(machine())
     models = {base: None, args.adapter: args.adapters / args.adapter}
     with serving(args.model, args.adapters, args.serve, args.out / "server.log") as url:
         if "score" in args.steps:
             for model in models:
                 score(report, url, model, model_dir, tasks, args)
+                report.write(args.out)
         if "load" in args.steps:
             for model in models:
                 load(report, url, model, model_dir, args)
+                report.write(args.out)
     if "verify" in args.steps:
         for model, adapter in models.items():
             verify(report, model, model_dir, adapter, tasks)
@@ -73,14 +77,12 @@ def score(
     python = Environment("lm-eval", folder=REQUIREMENTS).python(args.cache)
     names = [task.name for task in tasks]
     command = lm_eval.command(python, url, model, model_dir, names, folder)
-    lm_eval.run(command, folder, TIMEOUT_S)
+    program.run(command, folder, folder / "lm-eval.log", TIMEOUT_S)
     report.commands.append(shlex.join(command))
     report.scores[model] = {found.task: found for found in lm_eval.read(folder)}
 
 
-def load(
-    report: Report, url: str, model: str, model_dir: Path, args: argparse.Namespace
-) -> None:
+def load(report: Report, url: str, model: str, model_dir: Path, args: argparse.Namespace) -> None:
     """Have guidellm send its requests."""
     folder = args.out.absolute() / f"guidellm-{model}"
     folder.mkdir(exist_ok=True)
@@ -88,7 +90,7 @@ def load(
     command = guidellm.command(
         python, url, model, model_dir, folder, args.requests, args.concurrency
     )
-    guidellm.run(command, folder, TIMEOUT_S)
+    program.run(command, folder, folder / "guidellm.log", TIMEOUT_S)
     report.commands.append(shlex.join(command))
     report.loads.append(guidellm.read(folder, model, args.concurrency))
 

@@ -38,7 +38,10 @@ def command(
     data = f"kind=synthetic_text,prompt_tokens={PROMPT_TOKENS},output_tokens={OUTPUT_TOKENS}"
     return [
         *(str(python.with_name("guidellm")), "run"),
-        *("--backend", f"kind=openai_http,target={url},model={model},request_format=/v1/completions"),
+        *(
+            "--backend",
+            f"kind=openai_http,target={url},model={model},request_format=/v1/completions",
+        ),
         *("--profile", f"kind=concurrent,streams={concurrency}"),
         *("--constraint", f"kind=max_requests,count={num_requests}"),
         *("--constraint", "kind=max_errors,count=1"),
@@ -46,3 +49,25 @@ def command(
         *("--data", data, "--output", f"kind=json,path={folder / 'report.json'}"),
         "--disable-console",
     ]
+
+
+def read(folder: Path, model: str, concurrency: int) -> Load:
+    """What a run wrote."""
+    [benchmark] = json.loads((folder / "report.json").read_text())["benchmarks"]
+    metrics = benchmark["metrics"]
+    totals = metrics["request_totals"]
+    return Load(
+        model,
+        concurrency,
+        totals["successful"],
+        totals["errored"] + totals["incomplete"],
+        metrics["requests_per_second"]["successful"]["mean"],
+        metrics["output_tokens_per_second"]["successful"]["mean"],
+        _median_and_p95(metrics["time_to_first_token_ms"]),
+        _median_and_p95(metrics["inter_token_latency_ms"]),
+    )
+
+
+def _median_and_p95(metric: Mapping[str, Any]) -> tuple[float, float]:
+    percentiles = metric["successful"]["percentiles"]
+    return percentiles["p50"], percentiles["p95"]

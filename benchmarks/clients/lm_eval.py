@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from benchmarks.peers.environments import isolated
 
 CONCURRENCY = 8
 METRICS = {"acc": "accuracy", "exact_match": "exact match"}
@@ -47,29 +44,6 @@ def command(
         *("--include_path", str(folder), "--output_path", str(folder / "results")),
         *("--log_samples", "--seed", "0"),
     ]
-
-
-def offline(folder: Path) -> Mapping[str, str]:
-    """Its environment variables: no hub, and caches of its own."""
-    hub = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
-    return {**isolated(), **hub, "TOKENIZERS_PARALLELISM": "false"}
-
-
-def run(arguments: list[str], folder: Path, timeout_s: float) -> None:
-    """Raises RuntimeError, or TimeoutExpired."""
-    log = folder / "lm-eval.log"
-    with log.open("a") as output:
-        done = subprocess.run(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env=dict(offline(folder)),
-            timeout=timeout_s,
-        )
-    if done.returncode:
-        raise RuntimeError(f"lm-eval ended with status {done.returncode}; {log} says why")
 
 
 def read(folder: Path) -> list[Score]:
