@@ -78,7 +78,7 @@ def score(
     names = [task.name for task in tasks]
     command = lm_eval.command(python, url, model, model_dir, names, folder)
     program.run(command, folder, folder / "lm-eval.log", TIMEOUT_S)
-    report.commands.append(shlex.join(command))
+    report.commands.append(shown(command, python, model_dir, folder))
     report.scores[model] = {found.task: found for found in lm_eval.read(folder)}
 
 
@@ -91,8 +91,16 @@ def load(report: Report, url: str, model: str, model_dir: Path, args: argparse.N
         python, url, model, model_dir, folder, args.requests, args.concurrency
     )
     program.run(command, folder, folder / "guidellm.log", TIMEOUT_S)
-    report.commands.append(shlex.join(command))
+    report.commands.append(shown(command, python, model_dir, folder))
     report.loads.append(guidellm.read(folder, model, args.concurrency))
+
+
+def shown(command: list[str], python: Path, model_dir: Path, folder: Path) -> str:
+    """Without what is this machine's own."""
+    text = shlex.join(command)
+    for path in (folder, model_dir, python.parent):
+        text = text.replace(str(path), path.name)
+    return text
 
 
 def verify(
