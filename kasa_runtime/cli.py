@@ -45,6 +45,19 @@ class LazyGroup(click.Group):
         command: click.Command = import_module(f"kasa_runtime.commands.{cmd_name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]  # click itself looks for near names among commands that are imported
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            near = " or ".join(get_close_matches(name, COMMANDS))
+            raise click.UsageError(
+                f"no command {name!r}" + (f"; did you mean {near}?" if near else ""), ctx
+            )
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))

@@ -41,6 +41,7 @@ class GenerateOptions(TypedDict, total=False):
     request_id: str  # for the server's log
     cache_salt: str  # only requests with the same one share cached prefixes; default: ""
     prompt_logprobs: int | None  # of the prompt's tokens, and of so many likeliest; default: none
+    structured_output: t.StructuredOutput | None  # the form of the text; default: any
 
 
 class Stubs:
@@ -143,6 +144,7 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> Any:
         sampling=generation_pb2.SamplingParams(**sampling),
         cache_salt=options.get("cache_salt", ""),
         prompt_logprobs=options.get("prompt_logprobs"),
+        structured_output=_structured_output(options.get("structured_output")),
     )
 
 
@@ -162,6 +164,15 @@ def _require_one(**inputs: object) -> None:
     if len(given) != 1:
         found = " and ".join(given) or "none"
         raise errors.InvalidRequest("input", f"give one of {', '.join(inputs)}, got {found}")
+
+
+def _structured_output(wanted: t.StructuredOutput | None) -> Any:
+    if wanted is None:
+        return None
+    choice = generation_pb2.Choice(options=wanted.choice) if wanted.choice else None
+    return generation_pb2.StructuredOutput(
+        json_schema=wanted.json_schema, regex=wanted.regex, choice=choice, grammar=wanted.grammar
+    )
 
 
 def _chat(messages: Sequence[t.ChatMessage] | None) -> Any:

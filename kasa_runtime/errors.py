@@ -25,7 +25,7 @@
         └── DataError             a row or a file of training data is wrong; names both
 
 A message says what was wanted, what was found and what to do. Only `server/status.py` maps these to
-gRPC codes.
+gRPC codes, and only `server/http/errors.py` to HTTP's.
 """
 
 from __future__ import annotations

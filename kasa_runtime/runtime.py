@@ -220,7 +220,9 @@ class Runtime:
         tokenizer = await asyncio.wrap_future(begun.tokenizer)
         tails = await in_background(TailCache.for_model, model_dir)
         store = AdapterStore(config.adapters_dir, config.keep_versions)
-        engine = make_engine(config.engine, model_dir, tails, config.native, begun.graph)
+        engine = make_engine(
+            config.engine, model_dir, tails, config.native, begun.graph, tokenizer.backend
+        )
         await engine.start()
         manager = AdapterManager(
             store,
@@ -494,11 +496,12 @@ class Runtime:
                 request.request_id,
                 generation.prompt_ids,
                 request.sampling,
-                lease.key if lease else None,
-                request.deadline_s,
-                generation.name,
-                request.cache_salt,
-                request.prompt_logprobs,
+                adapter=lease.key if lease else None,
+                deadline_s=request.deadline_s,
+                client=generation.name,
+                cache_salt=request.cache_salt,
+                prompt_logprobs=request.prompt_logprobs,
+                structured_output=request.structured_output,
             )
             key = lease.key if lease else BASE
             self._merge_policy.count(key, len(generation.prompt_ids))

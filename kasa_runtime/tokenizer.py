@@ -46,6 +46,10 @@ class Tokenizer:
         self._special_tokens: dict[str, str] = known["special_tokens"]
 
     @property
+    def backend(self) -> tokenizers.Tokenizer:
+        return self._backend
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
 

@@ -25,6 +25,7 @@ from kasa_runtime.runtime import Beginning, Runtime, RuntimeConfig
 from kasa_runtime.types import AdapterInfo
 from server.access import Gate
 from server.adapter_service import AdapterService
+from server.chunks import Pace
 from server.config import ServerConfig
 from server.convert import MAX_CHUNK_BYTES
 from server.generating import Generating
@@ -76,6 +77,7 @@ class Edge(Metrics):
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config.max_adapter_labels)
         self.gate = Gate(config)
+        self.pace = Pace(config.stream_interval)
         self.health = Health(self.gate)
         self.certificates = Certificates(config.tls) if config.tls.enabled else None
         endpoint = config.otlp_endpoint
@@ -102,7 +104,7 @@ class Server:
         interceptors = [GrpcMetrics(edge.registry)]
         self._grpc = grpc.aio.server(interceptors=interceptors, options=options)
         self._generating = Generating(
-            runtime, edge, log_prompts=config.log_prompts, tracing=edge.tracing
+            runtime, edge, edge.pace, log_prompts=config.log_prompts, tracing=edge.tracing
         )
         self._pages = Pages(runtime, edge, edge.gate, vllm_metrics=config.vllm_metrics)
         body_bytes = int(config.clients.max_message_mib * 2**20)

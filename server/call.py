@@ -51,6 +51,12 @@ class Call:
         self.request_id = given or self.request_id
         return None
 
+    def add(self, facts: Mapping[str, Any]) -> None:
+        """Facts of one generation of this call. Numbers add up."""
+        for name, value in facts.items():
+            known = self.facts.get(name)
+            self.facts[name] = value if not isinstance(known, int) else known + value
+
     def log(self, logger: logging.Logger) -> None:
         """A line at the end of the call: what, whose, how it ended, how long it took."""
         if logger.isEnabledFor(logging.INFO):

@@ -124,6 +124,11 @@ class ServerConfig:
     max_adapter_labels: int = setting(
         100, "adapters with metrics under their own name; the others share `_other`"
     )
+    stream_interval: int = setting(
+        0,
+        "tokens in a message of a stream, after the first; 0: one, and with more than 16 streams "
+        "at once as many as keep a step from sending more than 16 messages",
+    )
     vllm_metrics: bool = setting(
         False,
         "also serve /metrics/vllm: what gateways that route to vLLM read, under vLLM's names",
@@ -148,7 +153,7 @@ class ServerConfig:
             value = getattr(self, name)
             if not 0 <= value <= 65535:
                 raise ConfigError(f"{name} must be from 0 to 65535, got {value}")
-        for name in ("drain_s", "max_adapter_labels"):
+        for name in ("drain_s", "max_adapter_labels", "stream_interval"):
             value = getattr(self, name)
             if not value >= 0:
                 raise ConfigError(f"{name} must be at least 0, got {value}")

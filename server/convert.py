@@ -24,6 +24,7 @@ from kasa_runtime.types import (
     ManifestFile,
     ModelInfo,
     SamplingParams,
+    StructuredOutput,
     TokenChunk,
     TokenLogprobs,
     UploadManifest,
@@ -53,6 +54,7 @@ def generation_request(
         deadline_s=deadline_s,
         cache_salt=cache_salt(message.cache_salt),
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        structured_output=_structured_output(message),
         **_input(message),
     )
 
@@ -136,6 +138,17 @@ def _input(message: Any) -> dict[str, Any]:
             return {"token_ids": tuple(_not_empty("tokens.ids", message.tokens.ids))}
     choices = [field.name for field in message.DESCRIPTOR.oneofs_by_name["input"].fields]
     raise InvalidRequest("input", f"must be one of {', '.join(choices)}, got none")
+
+
+def _structured_output(message: generation_pb2.GenerateRequest) -> StructuredOutput | None:
+    if not message.HasField("structured_output"):
+        return None
+    wire = message.structured_output
+    form = wire.WhichOneof("form")
+    if form == "choice":
+        options = _not_empty("structured_output.choice.options", wire.choice.options)
+        return StructuredOutput(choice=tuple(options))
+    return StructuredOutput(**{form: getattr(wire, form)} if form else {})
 
 
 def cache_salt(value: str) -> str:

@@ -30,6 +30,6 @@ class GenerationService:
     async def GenerateStream(self, message: Any, call: RpcCall) -> None:
         # Written, not yielded: a generator suspended in a yield would not see the cancellation.
         request = convert.generation_request(message, call.unique_id, call.deadline_s)
-        async with aclosing(self._generating.chunks(request, call)) as chunks:
+        async with aclosing(self._generating.chunks(request, call, as_stream=True)) as chunks:
             async for chunk in chunks:
                 await call.write(convert.stream_response(chunk))

@@ -28,6 +28,8 @@ def configure(level: str, form: Literal["human", "json"]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(Json() if form == "json" else Human())
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    if level == "info":  # it counts changes of files; what they mean, we say ourselves
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)
 
 
 def fields(**values: Any) -> dict[str, Any]:

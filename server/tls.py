@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +69,8 @@ class Certificates:
     def http_context(self) -> ssl.SSLContext:
         """Of the HTTP port. A client's certificate is checked if it shows one; `http/access.py`
         wants one for all but the probes."""
-        front = _context(self.wants_clients)
-
-        def choose(connection: Any, name: str | None, context: ssl.SSLContext) -> None:
-            connection.context = self._current().http
-
-        front.sni_callback = choose  # called for every handshake, also without a name
+        front = _Front(ssl.PROTOCOL_TLS_SERVER)
+        front.current = lambda: self._current().http
         return front
 
     def _current(self) -> _Loaded:
@@ -101,6 +98,22 @@ class Certificates:
     def _problem(self, error: Exception) -> str:
         files = ", ".join(map(str, self._paths))
         return f"want a certificate, its key and authorities in PEM in {files}: {error}"
+
+
+class _Front(ssl.SSLContext):
+    """Hands each connection to the context of the files as they are then: `current`.
+
+    Not an `sni_callback`, which comes late: sessions would be resumed by the keys of the context
+    that never changes, and a resumed one shows its certificate to nobody.
+    """
+
+    current: Callable[[], ssl.SSLContext]
+
+    def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
+        return self.current().wrap_bio(*arguments, **named)
+
+    def wrap_socket(self, *arguments: Any, **named: Any) -> ssl.SSLSocket:
+        return self.current().wrap_socket(*arguments, **named)
 
 
 def _context(wants_clients: bool) -> ssl.SSLContext:

@@ -30,6 +30,18 @@ def kasa_home(
         monkeypatch.setenv("KASA_HOME", str(session_home))
 
 
+@pytest.fixture
+def own_home(tmp_path: Path, session_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A KASA_HOME of the test's own, with nothing in it but what takes a C++ compiler a quarter of
+    a minute."""
+    home, compiled = tmp_path / "home", session_home / "native"
+    home.mkdir()
+    compiled.mkdir(exist_ok=True)
+    (home / "native").symlink_to(compiled)
+    monkeypatch.setenv("KASA_HOME", str(home))
+    return home
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny Llama with random weights; see `tiny.py`."""

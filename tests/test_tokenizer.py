@@ -12,7 +12,7 @@ import pytest
 from kasa_runtime import tokenizer as tokenizer_module
 from kasa_runtime.errors import InvalidRequest, ModelError
 from kasa_runtime.tokenizer import Tokenizer
-from kasa_runtime.types import ChatMessage
+from kasa_runtime.types import ChatMessage, ToolCall
 
 TEXTS = ["the quick brown fox", "", "  a<|im_end|>b\n\n", "héllo 世界 🙂", "<|im_start|>user\n"]
 CHAT = (
@@ -130,6 +130,45 @@ class TestChat:
     def test_no_message(self, tiny_chat_model):
         with pytest.raises(InvalidRequest, match="at least one message"):
             Tokenizer(tiny_chat_model).encode_chat(())
+
+    @pytest.mark.parametrize("name", ["default", "tool_use"])
+    def test_tools_and_their_calls_as_in_transformers(self, model, name):
+        source = (
+            "{{ tools | tojson }}{% for m in messages %}{{ m.role }}{{ m.content }}"
+            "{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+            "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}{% endfor %}"
+            "{{ m.tool_call_id }}{% endfor %}"
+        )
+        set_template(model, source)
+        if name == "tool_use":
+            set_template(model, TEMPLATES["json"])
+            (model / "additional_chat_templates").mkdir()
+            (model / "additional_chat_templates" / "tool_use.jinja").write_text(source)
+        tool = {"type": "function", "function": {"name": "weather"}}
+        call = {
+            "id": "1",
+            "type": "function",
+            "function": {"name": "weather", "arguments": {"city": "Bonn"}},
+        }
+        asked = [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "sun", "tool_call_id": "1"},
+        ]
+        theirs = of_transformers(model)
+        text = theirs.apply_chat_template(asked, tools=[tool], tokenize=False)
+        messages = (
+            ChatMessage("user", "hi"),
+            ChatMessage("assistant", "", (ToolCall("1", "weather", '{"city": "Bonn"}'),)),
+            ChatMessage("tool", "sun", tool_call_id="1"),
+        )
+        want = theirs(text, add_special_tokens=False)["input_ids"]
+        assert "city=Bonn" in text
+        assert Tokenizer(model).encode_chat(messages, [tool]) == want
+
+    def test_tools_want_a_template_that_tells_of_them(self, tiny_chat_model):
+        with pytest.raises(InvalidRequest, match=r"tools: .*does not know tools"):
+            Tokenizer(tiny_chat_model).encode_chat(CHAT, [{"type": "function"}])
 
     def test_the_default_of_several_templates(self, model):
         (model / "additional_chat_templates").mkdir()

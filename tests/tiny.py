@@ -65,3 +65,46 @@ def save_tiny_chat_model(directory: Path, **overrides: object) -> Path:
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(directory)
     return directory
+
+
+SENTENCEPIECE_VOCAB = 400
+
+
+def save_tiny_sentencepiece_model(directory: Path, **overrides: object) -> Path:
+    """The tiny Llama with a tokenizer as Llama's are: a sign for the space, byte fallback, the end
+    of sequence is id 2. The model's vocabulary is larger than the tokenizer's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    save_tiny_llama(directory, vocab_size=SENTENCEPIECE_VOCAB, **overrides)
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [
+        "\u2581",
+        *map(chr, range(0x21, 0x7F)),
+        "th",
+        "the",
+        "\u2581the",
+        "\u2581\u2581",
+        '":',
+    ]
+    merges = [("t", "h"), ("th", "e"), ("\u2581", "the"), ("\u2581", "\u2581"), ('"', ":")]
+    model = models.BPE(
+        {piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.save_pretrained(directory)
+    return directory

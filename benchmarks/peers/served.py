@@ -32,10 +32,11 @@ class Served(Peer):
         command += ["--max-slots", str(max(1, settings["num_adapters"])), "--no-prefix-caching"]
         self._server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._server.stdout is not None
-        found = re.search(r"grpc=(\S+)", self._server.stdout.readline())
+        found = re.search(r"grpc=(\S+) http=(\S+)", self._server.stdout.readline())
         if found is None:
             raise RuntimeError("the server did not start; see its log")
         self._client = self._loop.run(_open(found[1]))
+        self._http_address = found[2]
         self._held = 0
         self._merged = False
         time.sleep(SETTLED_S)

@@ -14,7 +14,9 @@ from kasa_runtime.types import AdapterMethod
 
 OURS = "benchmarks.peers.ours"
 SERVED = "benchmarks.peers.served"
+SERVED_HTTP = "benchmarks.peers.served_http"
 OURS_ON_VLLM = "benchmarks.peers.ours_on_vllm"
+LOGGING = ("--log-level", "info", "--log-format", "json")
 TELEMETRY = "openvino-telemetry"  # without it, OpenVINO reports nothing
 TRANSFORMERS = Environment("transformers")
 VLLM = Environment("vllm", without=("torchvision", "torchaudio", "torchcodec"))
@@ -51,10 +53,10 @@ def ours_on_vllm(name: str, engine: Mapping[str, Any], method: AdapterMethod) ->
     return System(name, OURS_ON_VLLM, tuple(Mix), KASA_VLLM, settings=settings, method=method)
 
 
-def served(name: str, module: str, *flags: str) -> System:
-    """Our server over gRPC, with these flags of `kasa serve`."""
+def served(name: str, module: str, *flags: str, driver: str = SERVED) -> System:
+    """Our server, with these flags of `kasa serve`; over gRPC if `driver` is not another."""
     settings = {"module": module, "flags": list(flags)}
-    return System(name, SERVED, tuple(Mix), settings=settings, method=AdapterMethod.KASA)
+    return System(name, driver, tuple(Mix), settings=settings, method=AdapterMethod.KASA)
 
 
 SYSTEMS = {
@@ -65,7 +67,9 @@ SYSTEMS = {
         ours("ours-lora", {"executor": "openvino"}, AdapterMethod.LORA),
         ours_on_vllm("ours-vllm", {"max_lora_rank": 2 * RANK}, AdapterMethod.KASA),  # r + t
         ours_on_vllm("ours-vllm-lora", {"max_lora_rank": RANK}, AdapterMethod.LORA),
-        served("ours-grpc", "kasa_runtime.cli", "--log-level", "info", "--log-format", "json"),
+        served("ours-grpc", "kasa_runtime.cli", *LOGGING),
+        served("ours-grpc-every-token", "kasa_runtime.cli", *LOGGING, "--stream-interval", "1"),
+        served("ours-http", "kasa_runtime.cli", *LOGGING, driver=SERVED_HTTP),
         served("ours-grpc-unobserved", "benchmarks.peers.unobserved", "--log-level", "error"),
         System("transformers", "benchmarks.peers.transformers", environment=TRANSFORMERS),
         System("peft", "benchmarks.peers.peft", (Mix.MIXED,), TRANSFORMERS),

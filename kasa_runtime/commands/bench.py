@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from kasa_runtime.client import AsyncClient, SecurityOptions
     from kasa_runtime.loadtest.load import Load, Request
+    from kasa_runtime.loadtest.openai import OpenAiClient, ServedModel
     from kasa_runtime.loadtest.report import Report
     from kasa_runtime.types import TokenChunk
 
@@ -101,9 +102,17 @@ class Plan:
 )
 @click.option("--json", "json_file", type=path, help="write the report there, as JSON")
 @click.option("--html", "html_file", type=path, help="write it there as a page with plots")
+@click.option("--http", "url", help="load the OpenAI-compatible API there instead of gRPC")
 @address_option
 @sampling_options
-def command(*, address: str, json_file: Path | None, html_file: Path | None, **values: Any) -> None:
+def command(
+    *,
+    address: str,
+    url: str | None,
+    json_file: Path | None,
+    html_file: Path | None,
+    **values: Any,
+) -> None:
     """Load a running server, and report latencies, throughput and errors as clients see them.
 
     Give --rate for an open loop: requests arrive by a Poisson process whether or not the server
@@ -112,7 +121,7 @@ def command(*, address: str, json_file: Path | None, html_file: Path | None, **v
     failed.
     """
     plan = _plan(values)
-    run = Run(address, plan, security_of(click.get_current_context()))
+    run = Run(url or address, plan, security_of(click.get_current_context()), http=bool(url))
     interrupted = False
     try:
         asyncio.run(run.run())
@@ -146,20 +155,21 @@ def _plan(values: dict[str, Any]) -> Plan:
 class Run:
     """One load: `load` and `model` are there once it runs, also when it is interrupted."""
 
-    def __init__(self, address: str, plan: Plan, security: SecurityOptions) -> None:
+    def __init__(self, address: str, plan: Plan, security: SecurityOptions, *, http: bool) -> None:
+        """`http`: the address is the URL of an OpenAI-compatible API."""
         self._address = address
         self._plan = plan
         self._security = security
+        self._http = http
         self.load: Load | None = None
-        self.model: ModelInfo | None = None
+        self.model: ModelInfo | ServedModel | None = None
 
     async def run(self) -> None:
         """Raises KasaError where it cannot begin; failed requests are samples."""
-        from kasa_runtime.client import AsyncClient
         from kasa_runtime.loadtest.load import Load
 
         plan = self._plan
-        async with AsyncClient(self._address, max_attempts=1, **self._security) as client:
+        async with self._client() as client:
             self.model = await client.get_model()
             requests = await self._requests(client)
             ask = partial(self._ask, client)
@@ -170,7 +180,16 @@ class Run:
             async with _progress(self.load, plan):
                 await self._send(self.load, islice(requests, plan.requests))
 
-    async def _requests(self, client: AsyncClient) -> Iterator[Request]:
+    def _client(self) -> AsyncClient | OpenAiClient:
+        if self._http:
+            from kasa_runtime.loadtest.openai import OpenAiClient
+
+            return OpenAiClient(self._address, self._security)
+        from kasa_runtime.client import AsyncClient
+
+        return AsyncClient(self._address, max_attempts=1, **self._security)
+
+    async def _requests(self, client: AsyncClient | OpenAiClient) -> Iterator[Request]:
         from kasa_runtime.loadtest import workload
 
         plan = self._plan
@@ -179,7 +198,9 @@ class Run:
         generator = Random(plan.load_seed)
         return workload.make_requests(prompts, adapters, plan.zipf, generator)
 
-    def _ask(self, client: AsyncClient, request: Request) -> AsyncIterator[TokenChunk]:
+    def _ask(
+        self, client: AsyncClient | OpenAiClient, request: Request
+    ) -> AsyncIterator[TokenChunk]:
         chat = [ChatMessage("user", request.prompt)] if self._plan.chat else None
         return client.stream(
             None if chat else request.prompt,

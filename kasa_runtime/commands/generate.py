@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,7 @@ from kasa_runtime.commands.completion import adapter_names
 from kasa_runtime.commands.output import json_option
 from kasa_runtime.commands.sampling import sampling_of, sampling_options
 from kasa_runtime.commands.server_address import address_option, connect
+from kasa_runtime.commands.structured import structured_options, structured_output_of
 from kasa_runtime.types import ChatMessage, TokenChunk
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     help="log-probabilities of the prompt's tokens and of this many likeliest, with --json",
 )
 @address_option
+@structured_options
 @sampling_options
 def command(
     prompt: str,
@@ -61,6 +64,10 @@ def command(
     cache_salt: str,
     prompt_logprobs: int | None,
     address: str,
+    json_schema: str | None,
+    regex: str | None,
+    choice: tuple[str, ...],
+    grammar: Path | None,
     **sampling: Any,
 ) -> None:
     """Generate from PROMPT, or from standard input where PROMPT is "-".
@@ -75,6 +82,7 @@ def command(
         "timeout_s": timeout_s,
         "cache_salt": cache_salt,
         "prompt_logprobs": prompt_logprobs,
+        "structured_output": structured_output_of(json_schema, regex, choice, grammar),
     }
     if stream is None:
         stream = sys.stdout.isatty() and not as_json

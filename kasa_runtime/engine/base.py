@@ -1,6 +1,7 @@
 """The engine protocol: token ids in, token ids out, adapters by key.
 
-An engine knows no names, versions, files or text; `runtime.py` translates. Everything here is
+An engine knows no names, versions, files or text, but for what a structured output is made of;
+`runtime.py` translates. Everything here is
 called on the event loop and never blocks it.
 """
 
@@ -11,7 +12,13 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kasa_runtime.types import FinishReason, Mode, SamplingParams, TokenLogprobs
+from kasa_runtime.types import (
+    FinishReason,
+    Mode,
+    SamplingParams,
+    StructuredOutput,
+    TokenLogprobs,
+)
 
 if TYPE_CHECKING:
     from kasa_runtime.adapter.lora import AdapterWeights
@@ -21,7 +28,9 @@ if TYPE_CHECKING:
 class EngineRequest:
     """`adapter` is the key of a loaded adapter, None for the base. `deadline_s` is on
     time.monotonic's clock. The engine is shared fairly between clients. Only requests with the
-    same `cache_salt` share keys and values."""
+    same `cache_salt` share keys and values. With a `structured_output` no token leaves the form:
+    the end of sequence comes only where the text is whole, and where nothing may follow the
+    generation ends with STOP, whatever `min_tokens` and `ignore_eos` say."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -31,6 +40,7 @@ class EngineRequest:
     client: str = ""
     cache_salt: str = ""
     prompt_logprobs: int | None = None  # as of GenerationRequest
+    structured_output: StructuredOutput | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +109,9 @@ class Engine(ABC):
         """Outputs of one request, one item per step that produced something.
 
         Closing the generator cancels: it takes effect at the next step and frees the cache. Raises
-        KeyError when the adapter is not loaded, at the first iteration."""
+        KeyError when the adapter is not loaded, and InvalidRequest when its structured output
+        cannot be had, at the first iteration; InvalidRequest later too, where a grammar comes to
+        nothing or is too complex to follow."""
 
     @abstractmethod
     async def load_adapter(self, adapter: AdapterWeights, instead_of: str | None = None) -> None:

@@ -12,6 +12,8 @@ from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import ConfigError, KasaError, ModelError
 
 if TYPE_CHECKING:
+    import tokenizers
+
     from kasa_runtime.adapter.tails import TailCache
     from kasa_runtime.engine.native.executor import Executor
     from kasa_runtime.engine.native.openvino.graph import AdaptedGraph
@@ -64,15 +66,16 @@ def make_engine(
     tails: TailCache,
     config: EngineConfig,
     begun: Begun | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
 ) -> Engine:
-    """An engine that is not started. `begun` is the native one's."""
+    """An engine that is not started. `begun` and `tokenizer` are the native one's."""
     if kind == "vllm":
         from kasa_runtime.engine.vllm_engine import VllmEngine
 
         return VllmEngine(model_dir, config, tails)
     from kasa_runtime.engine.native.engine import NativeEngine
 
-    return NativeEngine(config, lambda: make_executor(model_dir, config, begun), tails)
+    return NativeEngine(config, lambda: make_executor(model_dir, config, begun), tails, tokenizer)
 
 
 def make_executor(model_dir: Path, config: EngineConfig, begun: Begun | None = None) -> Executor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.errors import ConfigError, InvalidRequest
-from kasa_runtime.types import MAX_LOGPROBS, SamplingParams
+from kasa_runtime.types import MAX_LOGPROBS, SamplingParams, StructuredOutput
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's buffers have one of these ranks."""
@@ -45,6 +45,7 @@ _OURS = {
     "logprobs_mode": "",
     "max_logprobs": "",
     "skip_tokenizer_init": "",
+    "structured_outputs_config": "",
     "worker_extension_cls": "",
 }
 
@@ -57,7 +58,6 @@ def engine_arguments(
     _require_device(config, on_cpu=on_cpu)
     arguments: dict[str, Any] = {
         "model": str(model_dir),
-        "skip_tokenizer_init": True,
         "dtype": "float32" if on_cpu and config.dtype == "auto" else config.dtype,
         "max_model_len": config.max_model_len or -1,  # -1: what model and KV cache allow
         "max_num_seqs": config.max_num_seqs,
@@ -166,6 +166,14 @@ def sampling_arguments(
         )
     }
     return {**same, "prompt_logprobs": prompt_logprobs, "detokenize": False}
+
+
+def structured_arguments(wanted: StructuredOutput) -> dict[str, Any]:
+    """The fields of vLLM's parameters of structured output, whose backend is llguidance too."""
+    if wanted.choice:
+        return {"choice": list(wanted.choice)}
+    given = {"json": wanted.json_schema, "regex": wanted.regex, "grammar": wanted.grammar}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _require(ok: bool, field: str, wanted: str, found: object) -> None:

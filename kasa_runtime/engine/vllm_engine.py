@@ -25,8 +25,9 @@ from kasa_runtime.background import finish, in_background, on_loop_clock
 from kasa_runtime.engine import vllm_process
 from kasa_runtime.engine.base import Engine, EngineOutput, EngineRequest, EngineStats
 from kasa_runtime.engine.config import EngineConfig
+from kasa_runtime.engine.grammar import check
 from kasa_runtime.engine.vllm_adapters import Tails, difference_rank, write_difference
-from kasa_runtime.engine.vllm_arguments import sampling_arguments
+from kasa_runtime.engine.vllm_arguments import sampling_arguments, structured_arguments
 from kasa_runtime.errors import (
     AdapterInvalid,
     CapacityExceeded,
@@ -112,6 +113,8 @@ class VllmEngine(Engine):
         arguments = sampling_arguments(request.sampling, request.prompt_logprobs)
         self._ids.add(request.request_id)
         try:
+            if request.structured_output is not None:
+                await in_background(check, request.structured_output)
             ended = await self._wait_for_turn(request)
             if ended is not None:
                 yield EngineOutput(request.request_id, (), (), ended, None, self._mode(request))
@@ -180,7 +183,7 @@ class VllmEngine(Engine):
         self, request: EngineRequest, arguments: dict[str, Any]
     ) -> AsyncGenerator[EngineOutput, None]:
         from vllm.exceptions import VLLMValidationError
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
         from vllm.sampling_params import SamplingParams as VllmSamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -188,6 +191,8 @@ class VllmEngine(Engine):
         lora = self._residents[request.adapter].lora if has_lora else None
         self._inside[request.request_id] = request.adapter, has_lora
         params = VllmSamplingParams(**arguments, output_kind=RequestOutputKind.DELTA)
+        if (wanted := request.structured_output) is not None:
+            params.structured_outputs = StructuredOutputsParams(**structured_arguments(wanted))
         deadline_s = on_loop_clock(request.deadline_s)
         scheduled_s = None
         outputs = self._llm.generate(

@@ -83,6 +83,7 @@ def runs_on_cpu() -> bool:
 def start(model_dir: Path, config: EngineConfig, *, num_loras: int, counts: Counts) -> Any:
     """An AsyncLLM with the model loaded. Blocking. Raises ConfigError, ModelError."""
     from vllm import AsyncEngineArgs
+    from vllm.config import StructuredOutputsConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
     on_cpu = runs_on_cpu()
@@ -90,6 +91,8 @@ def start(model_dir: Path, config: EngineConfig, *, num_loras: int, counts: Coun
     known = {field.name for field in fields(AsyncEngineArgs)}
     if unknown := sorted(arguments.keys() - known):
         raise ConfigError(f"engine_arg: vLLM has no engine argument {unknown[0]}")
+    # The one backend that reads grammars as the native engine does.
+    arguments["structured_outputs_config"] = StructuredOutputsConfig(backend="guidance")
     try:
         return AsyncLLM.from_vllm_config(
             AsyncEngineArgs(**arguments).create_engine_config(),

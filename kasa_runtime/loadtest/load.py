@@ -45,6 +45,18 @@ class Sample:
     def num_tokens(self) -> int:
         return sum(count for _, count in self.arrivals)
 
+    def spread(self, num_tokens: int) -> int:
+        """Add tokens that came with others but were not counted, as over HTTP, to all messages but
+        the first alike. How many that were."""
+        if num_tokens <= 0 or not self.arrivals:
+            return 0
+        first, *rest = self.arrivals
+        rest = rest or [first]
+        for i, (at_s, count) in enumerate(rest):
+            more = (i + 1) * num_tokens // len(rest) - i * num_tokens // len(rest)
+            self.arrivals[i - len(rest)] = (at_s, count + more)
+        return num_tokens
+
     @property
     def ttft_s(self) -> float | None:
         """From when it was due to its first token; None if there was none."""
@@ -66,6 +78,14 @@ class Sample:
 
 
 Ask = Callable[[Request], AsyncIterator[TokenChunk]]
+
+
+class Refused(KasaError):
+    """A request failed for a reason that is no class of ours."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class Load:
@@ -125,6 +145,8 @@ class Load:
                 self._arrived(chunk, sample)
         except TimeoutError:
             sample.error = "DEADLINE_EXCEEDED"
+        except Refused as error:
+            sample.error = error.reason
         except KasaError as error:
             sample.error = reason(type(error))
         finally:
@@ -139,5 +161,6 @@ class Load:
         if chunk.usage is not None:
             sample.prompt_tokens = chunk.usage.prompt_tokens
             sample.cached_prompt_tokens = chunk.usage.cached_prompt_tokens
+            self.num_tokens += sample.spread(chunk.usage.completion_tokens - sample.num_tokens)
         if chunk.finish_reason is FinishReason.CANCELLED:
             sample.error = "CANCELLED"  # by the server, as when it stops

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kasa_runtime.loadtest.load import Load, Sample
 from kasa_runtime.types import ModelInfo
+
+if TYPE_CHECKING:
+    from kasa_runtime.loadtest.openai import ServedModel
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Report:
     """A whole load. `settings`: what was asked for, by flag."""
 
     settings: dict[str, Any]
-    model: ModelInfo
+    model: ModelInfo | ServedModel
     interrupted: bool  # what was in flight then is not counted
     duration_s: float  # until the last answer
     requests_per_s: float  # that succeeded
@@ -83,7 +86,12 @@ class Report:
 
     @classmethod
     def of(
-        cls, load: Load, settings: dict[str, Any], model: ModelInfo, *, interrupted: bool
+        cls,
+        load: Load,
+        settings: dict[str, Any],
+        model: ModelInfo | ServedModel,
+        *,
+        interrupted: bool,
     ) -> Report:
         """Of a load with at least one sample."""
         samples = load.samples

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -31,11 +31,9 @@ MAX_LOGGED = 200  # bytes of a path that is no route's
 
 @dataclass(slots=True, kw_only=True)
 class HttpCall(Call):
-    """One request. `status` of its answer, 0 before that begins; `headers` of it beside those of
-    the response."""
+    """One request. `status`: of its answer, 0 before that begins."""
 
     status: int = 0
-    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
     def problem(self, error: Exception) -> Problem:
         """What this caller is told of an error. Of what nobody expected, the log tells more."""
@@ -106,8 +104,8 @@ def _noted(send: Send, call: HttpCall) -> Send:
     async def noted(message: Message) -> None:
         if message["type"] == "http.response.start":
             call.status = message["status"]
-            own = [(REQUEST_ID.encode(), call.request_id.encode()), *call.headers]
-            message = {**message, "headers": [*message.get("headers", ()), *own]}
+            own = (REQUEST_ID.encode(), call.request_id.encode())
+            message = {**message, "headers": [*message.get("headers", ()), own]}
         await send(message)
 
     return noted

@@ -125,6 +125,8 @@ class Protocol(HttpToolsProtocol):
             return
         self._num_idle_bytes += len(data)
         super().data_received(data)
+        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._begin_receiving()  # empty lines, which are the beginning of nothing yet
         if self._num_idle_bytes > MAX_HEADER_BYTES and self._refusal is None:
             self._refusal = _Refused(431, f"want a header of at most {MAX_HEADER_BYTES} bytes")
             self.send_400_response("")
@@ -195,6 +197,8 @@ class Protocol(HttpToolsProtocol):
             task.cancel()
 
     def _begin_receiving(self) -> None:
+        if self._refusal is not None:
+            return
         self._began_s = self.loop.time()
         self._timer = self.loop.call_later(self._receive_s, self._check_pace)
 

@@ -144,7 +144,7 @@ def checkout(home: Path, root: Path) -> Iterator[Checkout]:
 
 @pytest.fixture
 def start_and_stop(root: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
-    """`kasa serve` as an example has it: it starts, listens and stops."""
+    """`kasa serve` as an example has it, but on loopback: it starts, listens and stops."""
 
     async def at_once(server: Server) -> int:
         assert server.grpc_port
@@ -155,6 +155,7 @@ def start_and_stop(root: Path, home: Path, monkeypatch: pytest.MonkeyPatch):
     settings = {"HOME": home, "GRPC_PORT": 0, "HTTP_PORT": 0, "EXECUTOR": "torch", "THREADS": 1}
 
     def run(arguments: list[str]) -> None:
+        arguments = ["127.0.0.1" if each == "0.0.0.0" else each for each in arguments]
         environment = {f"KASA_{name}": str(value) for name, value in settings.items()}
         result = CliRunner().invoke(cli, arguments, env=environment)
         assert result.exit_code == 0, (arguments, result.output, result.exception)

@@ -158,12 +158,13 @@ async def running(
     tails: Any = None,
     adapters: Sequence[AdapterWeights] = (),
     make: Any = TorchExecutor,
+    tokenizer: Any = None,
     **changes: Any,
 ) -> AsyncIterator[NativeEngine]:
     """A started engine with these adapters loaded; closed at the end."""
     settings = config(**changes)
     tails = tails or MemoryTails(BaseModel(model_dir))
-    engine = NativeEngine(settings, lambda: make(model_dir, settings), tails)
+    engine = NativeEngine(settings, lambda: make(model_dir, settings), tails, tokenizer)
     await engine.start()
     try:
         for adapter in adapters:
@@ -181,9 +182,9 @@ def request(
     **sampling: Any,
 ) -> EngineRequest:
     deadline_s, client = sampling.pop("deadline_s", None), sampling.pop("client", "")
-    salt = sampling.pop("cache_salt", "")
+    salt, form = sampling.pop("cache_salt", ""), sampling.pop("structured_output", None)
     params = SamplingParams(max_tokens=count, **sampling)
-    return EngineRequest(name, tuple(token_ids), params, adapter, deadline_s, client, salt)
+    return EngineRequest(name, tuple(token_ids), params, adapter, deadline_s, client, salt, form)
 
 
 @dataclass

@@ -34,7 +34,6 @@ from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.engine.factory import make_executor
 from kasa_runtime.engine.native.executor import NO_SLOT, PackedBatch, SequenceSlice
 from kasa_runtime.errors import ConfigError, ModelError
-from kasa_runtime.home import kasa_home
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf", reason="the extra `int8` is not installed")
@@ -181,10 +180,9 @@ def test_any_row_is_exact_while_an_adapter_is_merged(
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_the_layer_that_loses_most_stays_float32(
-    layer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layer: int, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One weight of each output feature is so large that the others lose their last bits."""
-    monkeypatch.setenv("KASA_HOME", str(tmp_path))
     monkeypatch.setattr(sensitivity, "SHARE", 0.02)  # one of its kind
     model_dir = save_tiny_llama(tmp_path / "m")
     tensors = load_file(model_dir / "model.safetensors")
@@ -272,23 +270,24 @@ def test_other_architectures_pass_their_own_check(model: str, served_model: Any)
 
 
 def test_a_graph_with_other_weights_than_it_should_have_is_refused(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KASA_HOME", str(tmp_path))
     monkeypatch.setattr(tracing, "_round_weights", lambda *_: None)
     with pytest.raises(ModelError, match="other logits"):
         start(tiny_llama, "int8")
 
 
 def test_each_quantization_is_kept_beside_the_float32_graph_it_was_made_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    own_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setenv("KASA_HOME", str(tmp_path / "home"))
     model_dir = save_model(SERVED["llama"], tmp_path / "m")
 
     def kept() -> list[str]:
-        return sorted(p.name for p in (kasa_home() / "openvino").iterdir() if p.is_dir())
+        return sorted(p.name for p in (own_home / "openvino").iterdir() if p.is_dir())
 
     start(model_dir, "int4")
     floating, int4 = kept()
@@ -305,9 +304,8 @@ def test_each_quantization_is_kept_beside_the_float32_graph_it_was_made_of(
 
 
 def test_compressing_without_nncf_says_what_to_install(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KASA_HOME", str(tmp_path))
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(ConfigError, match=r"pip install 'kasa-runtime\[int8\]'"):
         start(tiny_llama, "int8")

@@ -4,6 +4,7 @@ own adapted model alone gives, and every call means the same."""
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
-from tiny import save_tiny_llama
+from tiny import save_tiny_chat_model
+from tokenizers import Tokenizer
 
 from engine.making import (
     MemoryTails,
@@ -35,8 +37,8 @@ from kasa_runtime.adapter.lora import AdapterWeights
 from kasa_runtime.engine.base import Engine
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.engine.factory import make_engine
-from kasa_runtime.errors import CapacityExceeded, EngineDead, KasaError
-from kasa_runtime.types import FinishReason, Mode
+from kasa_runtime.errors import CapacityExceeded, EngineDead, InvalidRequest, KasaError
+from kasa_runtime.types import FinishReason, Mode, StructuredOutput
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -56,10 +58,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ENDING."""
     shape = {"num_attention_heads": 2, "num_key_value_heads": 1}
     endless = tmp_path_factory.mktemp("protocol") / "endless"
-    tokens = greedy(load_model(save_tiny_llama(endless, **shape)), ENDING, 20)
+    tokens = greedy(load_model(save_tiny_chat_model(endless, **shape)), ENDING, 20)
     eos = next(token for i, token in enumerate(tokens) if i >= 4 and token not in tokens[:i])
     ending = tmp_path_factory.mktemp("protocol") / "ending"
-    return save_tiny_llama(ending, **shape, eos_token_id=[eos, 127])
+    return save_tiny_chat_model(ending, **shape, eos_token_id=[eos, 127])
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,8 @@ def settings(kind: str, **changes: Any) -> EngineConfig:
 
 
 async def started(kind: str, model_dir: Path, tails: MemoryTails, **changes: Any) -> Engine:
-    engine = make_engine(kind, model_dir, tails, settings(kind, **changes))  # type: ignore[arg-type]
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    engine = make_engine(kind, model_dir, tails, settings(kind, **changes), None, tokenizer)  # type: ignore[arg-type]
     await engine.start()
     return engine
 
@@ -569,3 +572,36 @@ async def test_closing_ends_requests_as_cancelled(
     ):
         with pytest.raises(EngineDead, match="closed"):
             await call()
+
+
+# --- structured output ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        (StructuredOutput(json_schema='{"enum": ["fox", 12]}'), '"fox"|12'),
+        (StructuredOutput(regex="(ab|cd){2,3}"), "(ab|cd){2,3}"),
+        (StructuredOutput(choice=("yes", "no")), "yes|no"),
+        (StructuredOutput(grammar='start: "(" start ")" | "x"'), r"\(*x\)*"),
+    ],
+)
+async def test_a_structured_output_has_its_form(
+    engine: Engine, model_dir: Path, form: StructuredOutput, pattern: str
+) -> None:
+    """With an adapter too, whose tokens are others."""
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    for key in (None, "kasa@1"):
+        wanted = request("a", PROMPTS[0], 60, key, temperature=1.0, seed=3, structured_output=form)
+        result = await collect(engine, wanted)
+        tokens = [token for token in result.token_ids if token not in engine.limits.eos_ids]
+        text = tokenizer.decode(tokens)
+        assert re.fullmatch(pattern, text) or result.reason is FinishReason.LENGTH, text
+
+
+async def test_a_structured_output_that_cannot_be_had_is_refused(engine: Engine) -> None:
+    form = StructuredOutput(json_schema='{"not": {}}')
+    with pytest.raises(InvalidRequest) as caught:
+        await collect(engine, request("a", PROMPTS[0], 5, structured_output=form))
+    assert caught.value.field == "structured_output.json_schema"
+    await idle(engine)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_tiny_llama
 
 from engine.architectures import REFUSED, SERVED
 from engine.making import (
@@ -29,7 +30,6 @@ from kasa_runtime.adapter.lora import AdapterWeights, ModuleDelta
 from kasa_runtime.engine.factory import make_executor
 from kasa_runtime.engine.native.executor import NO_SLOT, PackedBatch, SequenceSlice
 from kasa_runtime.errors import ConfigError, ModelError
-from kasa_runtime.home import kasa_home
 
 pytest.importorskip("openvino")
 
@@ -66,19 +66,16 @@ def largest(found: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def test_a_converted_model_is_used_again_and_an_unreadable_one_made_anew(
-    tiny_llama: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, own_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("KASA_HOME", str(tmp_path))
+    model_dir = save_tiny_llama(tmp_path / "m", num_hidden_layers=1)
     caplog.set_level(logging.INFO)
-    first = rows(OpenVinoExecutor(tiny_llama, config()), 9, [NO_SLOT])
-    [made] = [path for path in (kasa_home() / "openvino").iterdir() if path.is_dir()]
+    first = rows(OpenVinoExecutor(model_dir, config()), 9, [NO_SLOT])
+    [made] = [path for path in (own_home / "openvino").iterdir() if path.is_dir()]
     assert caplog.text.count("for OpenVINO, once") == 1
 
     caplog.clear()
-    second = rows(OpenVinoExecutor(tiny_llama, config()), 9, [NO_SLOT])
+    second = rows(OpenVinoExecutor(model_dir, config()), 9, [NO_SLOT])
     assert torch.equal(first[0], second[0])
     assert "once" not in caplog.text
 
@@ -86,7 +83,7 @@ def test_a_converted_model_is_used_again_and_an_unreadable_one_made_anew(
         caplog.clear()
         (made / name).unlink()
         (made / name).write_bytes(b"torn")
-        third = rows(OpenVinoExecutor(tiny_llama, config()), 9, [NO_SLOT])
+        third = rows(OpenVinoExecutor(model_dir, config()), 9, [NO_SLOT])
         assert torch.equal(first[0], third[0])
         assert "converting this model again" in caplog.text
 
@@ -295,8 +292,7 @@ def test_the_cache_begins_zeroed_and_keeps_what_steps_write_while_it_is_made_pre
     executor.close()
 
 
-def test_that_prompts_may_be_split_is_found_out_once(tiny_llama: Path, tmp_path, monkeypatch):
-    monkeypatch.setenv("KASA_HOME", str(tmp_path))
+def test_that_prompts_may_be_split_is_found_out_once(tiny_llama: Path, own_home, monkeypatch):
     checked = []
     monkeypatch.setattr(executor_module, "require_split_prompts", lambda *_: checked.append(1))
     for _ in range(2):

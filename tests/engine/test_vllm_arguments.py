@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 
 from kasa_runtime.engine.config import EngineConfig
-from kasa_runtime.engine.vllm_arguments import engine_arguments, sampling_arguments
+from kasa_runtime.engine.vllm_arguments import (
+    engine_arguments,
+    sampling_arguments,
+    structured_arguments,
+)
 from kasa_runtime.errors import ConfigError, InvalidRequest
-from kasa_runtime.types import SamplingParams
+from kasa_runtime.types import SamplingParams, StructuredOutput
 
 MODEL = Path("/models/m")
 
@@ -70,6 +74,8 @@ def test_engine_args_are_passed_through() -> None:
         ({"engine_arg": ("=2",)}, "must be name=value"),
         ({"engine_arg": ("max-loras=2",)}, "max_loras is set by this engine; use --max-slots"),
         ({"engine_arg": ("enable_lora=false",)}, "enable_lora is set by this engine"),
+        ({"engine_arg": ("skip_tokenizer_init=true",)}, "set by this engine"),
+        ({"engine_arg": ("structured_outputs_config={}",)}, "set by this engine"),
         ({"max_lora_rank": 513}, "max_lora_rank must be at most 512"),
         ({"executor": "torch"}, "executor = 'torch' is for the native engine"),
         ({"quantization": "int8"}, "quantization = 'int8' is for the native engine"),
@@ -115,3 +121,22 @@ def test_a_parameter_that_would_mean_something_else_is_refused(
 
 def test_filters_that_greedy_does_not_use_are_not_refused() -> None:
     assert sampling_arguments(SamplingParams(temperature=0.0, min_p=0.1, top_p=0.9))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        (StructuredOutput(json_schema="{}"), {"json": "{}"}),
+        (StructuredOutput(regex=""), {"regex": ""}),
+        (StructuredOutput(choice=("a", "b")), {"choice": ["a", "b"]}),
+        (StructuredOutput(grammar="start: /a/"), {"grammar": "start: /a/"}),
+    ],
+)
+def test_structured_output_is_one_of_vllms_kinds(
+    wanted: StructuredOutput, found: dict[str, Any]
+) -> None:
+    assert structured_arguments(wanted) == found
+
+
+def test_vllm_has_the_tokenizer_that_structured_output_needs() -> None:
+    assert not arguments().get("skip_tokenizer_init")

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from kasa_runtime.cli import cli
 from kasa_runtime.errors import Overloaded
+from kasa_runtime.types import SamplingParams
 
 
 @pytest.fixture
@@ -62,6 +63,24 @@ async def test_open_loop(served, bench, tmp_path):
     assert len(served.runtime.requests) == report["all"]["num_requests"]
     assert served.runtime.requests[0].messages[0].role == "user"
     assert len({request.messages for request in served.runtime.requests}) > 4
+
+
+@pytest.mark.parametrize("chat", [[], ["--chat"]])
+async def test_the_same_load_over_http(served, bench, tmp_path, chat):
+    file = tmp_path / "load.json"
+    arguments = ["--concurrency", "3", "--requests", "12", "--adapters", "style,-", *chat]
+    arguments += ["--max-tokens", "2", "--ignore-eos", "--min-tokens", "1", "--top-k", "5"]
+    await bench("--http", served.url(""), *arguments, "--json", str(file))
+    report = json.loads(file.read_text())
+    assert (report["all"]["num_requests"], report["errors"]) == (12, {})
+    assert report["all"]["output_tokens"] == 24
+    requests = served.runtime.requests
+    counts = Counter(request.adapter for request in requests)
+    assert {each["adapter"]: each["num_requests"] for each in report["adapters"]} == counts
+    assert {request.messages is not None for request in requests} == {bool(chat)}
+    assert {request.sampling for request in requests} == {
+        SamplingParams(max_tokens=2, min_tokens=1, top_k=5, ignore_eos=True)
+    }
 
 
 async def test_failed_requests_are_counted_and_not_tried_again(served, bench, tmp_path):

@@ -19,6 +19,7 @@ from kasa_runtime.types import (
     FinishReason,
     Mode,
     SamplingParams,
+    StructuredOutput,
     TokenChunk,
     TokenLogprobs,
 )
@@ -93,6 +94,21 @@ async def test_request_arrives_as_it_was_given(served, client):
     assert second.token_ids == (1, 2)
     assert (first.cache_salt, second.cache_salt) == ("", "tenant")
     assert second.sampling == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        StructuredOutput(json_schema="{}"),
+        StructuredOutput(regex=""),
+        StructuredOutput(choice=("a", "b")),
+        StructuredOutput(grammar="start: /a/"),
+    ],
+)
+async def test_a_structured_output_arrives_as_it_was_given(served, client, form):
+    await client.generate("a", structured_output=form)
+    await in_thread(served, lambda c: list(c.stream("a", structured_output=form)))
+    assert [request.structured_output for request in served.runtime.requests] == [form, form]
 
 
 async def test_streams(served, client):

@@ -18,6 +18,7 @@ from kasa_runtime.commands import adapters, serve
 from kasa_runtime.commands.flags import build, options
 from kasa_runtime.errors import Overloaded
 from kasa_runtime.runtime import RuntimeConfig
+from kasa_runtime.types import StructuredOutput
 from server.config import ServerConfig
 
 
@@ -56,6 +57,30 @@ async def test_generate_with_log_probabilities_of_the_prompt(served, kasa):
     assert json.loads(out)["prompt_logprobs"] == [None, second]
     await kasa("generate", "one two")
     assert [request.prompt_logprobs for request in served.runtime.requests] == [1, None]
+
+
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        (("--json-schema", ' {"type": "null"}'), StructuredOutput(json_schema=' {"type": "null"}')),
+        (("--json-schema", "@schema.json"), StructuredOutput(json_schema="[from a file]")),
+        (("--regex", ""), StructuredOutput(regex="")),
+        (("--choice", "a", "--choice", "b"), StructuredOutput(choice=("a", "b"))),
+        (("--grammar", "@schema.json"), StructuredOutput(grammar="[from a file]")),
+        ((), None),
+    ],
+)
+async def test_generate_with_a_form(served, kasa, tmp_path, flags, want):
+    (tmp_path / "schema.json").write_text("[from a file]")
+    flags = [flag.replace("@", f"{tmp_path}/") for flag in flags]
+    await kasa("generate", "one two", *flags)
+    assert served.runtime.requests[0].structured_output == want
+
+
+async def test_a_form_that_cannot_be_read_or_is_two(kasa):
+    assert "nowhere.json" in await kasa("generate", "a", "--json-schema", "nowhere.json", status=2)
+    both = await kasa("generate", "a", "--regex", "a", "--choice", "b", status=1)
+    assert "must be one of json_schema, regex, choice, grammar, got regex and choice" in both
 
 
 async def test_generate_from_standard_input(kasa):
@@ -268,3 +293,13 @@ def test_serve_passes_its_flags_on(monkeypatch):
     assert (runtime_config.model, runtime_config.adapters_dir) == ("m", Path("a"))
     assert runtime_config.limits.adapter_limit == ("style=4:200", "few=1")
     assert server_config == ServerConfig(grpc_port=0, http_port=9)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("adpters", "no command 'adpters'; did you mean adapters?"), ("xyz", "no command 'xyz'\n")],
+)
+def test_an_unknown_command_is_told_near_names(name, said):
+    result = CliRunner().invoke(cli, [name, "list"])
+    assert result.exit_code == 2
+    assert said in result.stderr

@@ -10,6 +10,9 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
+
+from kasa_runtime.cli import cli
 
 KASA = (sys.executable, "-W", "error", "-m", "kasa_runtime.cli")
 
@@ -26,9 +29,10 @@ def run(*command: str, **environment: str) -> str:
 def completed(words: str, **environment: str) -> list[str]:
     """What may stand for the last of the words."""
     asked = {"_KASA_COMPLETE": "bash_complete", "COMP_WORDS": words}
-    position = str(words.count(" "))
-    lines = run(*KASA, **asked, COMP_CWORD=position, **environment).splitlines()
-    return [line.partition(",")[2] for line in lines if line]
+    asked |= {"COMP_CWORD": str(words.count(" ")), **environment}
+    result = CliRunner().invoke(cli, [], prog_name="kasa", env=asked)
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    return [line.partition(",")[2] for line in result.stdout.splitlines() if line]
 
 
 @pytest.mark.parametrize(

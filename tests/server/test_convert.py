@@ -13,6 +13,7 @@ from kasa_runtime.types import (
     FinishReason,
     Mode,
     SamplingParams,
+    StructuredOutput,
     TokenChunk,
     TokenLogprobs,
 )
@@ -44,6 +45,21 @@ def test_an_empty_entry_stands_for_the_prompts_first_token():
         top = [pb.TokenLogprob(token_id=3, logprob=-1)]
         assert other == pb.TokenLogprobs(token_id=5, logprob=-2, top=top)
         assert wire.chunk(convert_chunk(chunk)).prompt_logprobs == chunk.prompt_logprobs
+
+
+@pytest.mark.parametrize(
+    ("wire", "want"),
+    [
+        ({"json_schema": "{}"}, StructuredOutput(json_schema="{}")),
+        ({"regex": ""}, StructuredOutput(regex="")),
+        ({"choice": pb.Choice(options=["a", ""])}, StructuredOutput(choice=("a", ""))),
+        ({"grammar": "start: /a/"}, StructuredOutput(grammar="start: /a/")),
+    ],
+)
+def test_every_form_of_a_structured_output_arrives(wire, want):
+    message = pb.StructuredOutput(**wire)
+    assert converted(prompt="a", structured_output=message).structured_output == want
+    assert converted(prompt="a").structured_output is None
 
 
 def chat(*messages):
@@ -99,6 +115,11 @@ def test_every_sampling_field_arrives():
         ({"prompt": "a", "adapter": "name\n"}, "adapter"),
         ({"prompt": "a", "cache_salt": "x" * 257}, "cache_salt"),
         ({"prompt": "a", "prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt": "a", "structured_output": pb.StructuredOutput()}, "structured_output"),
+        (
+            {"prompt": "a", "structured_output": pb.StructuredOutput(choice=pb.Choice())},
+            "structured_output.choice.options",
+        ),
     ],
 )
 def test_bad_request_names_the_field(fields, field):

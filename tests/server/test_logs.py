@@ -143,3 +143,13 @@ def test_a_line_for_people_cannot_be_forged():
     with logs.request("mine"):
         assert logs.Human().format(record()).endswith("hello request_id=mine")
     assert "request_id" not in logs.Human().format(record())
+
+
+def test_the_watcher_of_files_does_not_count_changes_at_level_info():
+    watcher = logging.getLogger("watchfiles")
+    try:
+        logs.configure("info", "human")
+        assert not watcher.getChild("main").isEnabledFor(logging.INFO)
+        assert watcher.getChild("main").isEnabledFor(logging.WARNING)
+    finally:
+        watcher.setLevel(logging.NOTSET)

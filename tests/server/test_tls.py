@@ -64,7 +64,7 @@ async def test_both_ports_speak_tls_and_nothing_else(authority, pair):
         async with AsyncClient(address(server), root_certificates=authority.cert) as client:
             assert await client.get_model() == MODEL
         assert await get(server, "/metrics", authority.cert) == 200
-        async with AsyncClient(address(server)) as client:
+        async with AsyncClient(address(server), max_attempts=1) as client:
             with pytest.raises(Unreachable):
                 await client.get_model()
         async with httpx.AsyncClient() as client:
@@ -74,7 +74,8 @@ async def test_both_ports_speak_tls_and_nothing_else(authority, pair):
 
 async def test_a_client_does_not_believe_a_server_of_another_authority(pair, stranger):
     async with serving(pair) as server:
-        async with AsyncClient(address(server), root_certificates=stranger.cert) as client:
+        security = {"root_certificates": stranger.cert, "max_attempts": 1}
+        async with AsyncClient(address(server), **security) as client:
             with pytest.raises(Unreachable):
                 await client.get_model()
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -119,7 +120,7 @@ async def test_with_an_authority_of_clients_only_theirs_come_in(authority, stran
     ours, theirs = authority.sign("client"), stranger.sign("client")
     async with serving(pair, authority.cert) as server:
         for own, allowed in ((ours, True), (theirs, False), (None, False)):
-            security = {"root_certificates": authority.cert}
+            security = {"root_certificates": authority.cert, "max_attempts": 1}
             if own is not None:
                 security |= {"certificate": own.cert, "private_key": own.key}
             async with AsyncClient(address(server), **security) as client:
@@ -150,7 +151,8 @@ async def test_new_certificates_are_used_without_a_restart(authority, stranger, 
 
 
 async def grpc_reaches(server: Server, authority: Authority) -> None:
-    async with AsyncClient(address(server), root_certificates=authority.cert) as client:
+    security = {"root_certificates": authority.cert, "max_attempts": 1}
+    async with AsyncClient(address(server), **security) as client:
         await client.get_model()
 
 
@@ -164,6 +166,7 @@ async def test_a_new_authority_of_clients_is_believed_without_a_restart(
         "root_certificates": authority.cert,
         "certificate": theirs.cert,
         "private_key": theirs.key,
+        "max_attempts": 1,
     }
     async with serving(pair, believed) as server:
         async with AsyncClient(address(server), **security) as client:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import grpc
+import httpx
 import pytest
 from conftest import CONFIG
 from fake_runtime import FakeRuntime
@@ -209,3 +210,29 @@ def test_without_the_packages_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, OTLPSpanExporter.__module__, None)
     with pytest.raises(ConfigError, match=r"pip install 'kasa-runtime\[tracing\]'"):
         Tracing.to_collector("http://collector:4317")
+
+
+async def test_a_request_over_http_goes_on_with_the_trace_of_its_client(traced, exporter):
+    url = f"http://127.0.0.1:{traced.http_port}/v1/completions"
+    asked = {"model": "style", "prompt": "one two", "n": 2}
+    async with httpx.AsyncClient(headers=dict([SAMPLED])) as http:
+        await http.post(url, json=asked)
+    await spans_of(exporter, 6)
+    spans = [s for s in exporter.get_finished_spans() if s.name == "text_completion fake"]
+    assert len(spans) == 2
+    for span in spans:
+        assert f"{span.context.trace_id:032x}" == TRACE_ID
+        assert f"{span.parent.span_id:016x}" == PARENT_ID
+        assert span.attributes["gen_ai.usage.output_tokens"] == 2  # each its own
+        assert span.attributes["kasa.adapter.version"] == "abc123"
+
+
+async def test_a_stream_that_its_reader_leaves_is_no_error_of_the_server(traced, exporter):
+    traced._runtime.delay_s = 0.01
+    url = f"http://127.0.0.1:{traced.http_port}/v1/completions"
+    asked = {"model": "fake", "prompt": "word " * 100, "max_tokens": 100, "stream": True}
+    async with httpx.AsyncClient() as http, http.stream("POST", url, json=asked) as answer:
+        await anext(answer.aiter_lines())
+    span = (await spans_of(exporter, 1))["text_completion fake"]
+    assert span.attributes["error.type"] == "CANCELLED"
+    assert span.status.status_code is StatusCode.UNSET

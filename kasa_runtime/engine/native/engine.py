@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec
 
+import tokenizers
 import torch
 
 from kasa_runtime.adapter.lora import AdapterWeights
@@ -26,6 +27,7 @@ from kasa_runtime.background import in_background
 from kasa_runtime.engine.base import Engine, EngineLimits, EngineOutput, EngineRequest, EngineStats
 from kasa_runtime.engine.config import EngineConfig
 from kasa_runtime.engine.native.block_manager import BlockManager
+from kasa_runtime.engine.native.constraint import ConstraintMaker
 from kasa_runtime.engine.native.executor import NO_SLOT, Commit, Executor, TailSource
 from kasa_runtime.engine.native.prompt_logprobs import score_prompts
 from kasa_runtime.engine.native.sampler import sample
@@ -64,14 +66,20 @@ class Change:
 
 
 class NativeEngine(Engine):
-    """Continuous batching over an executor. All public methods: event loop only."""
+    """Continuous batching over an executor. All public methods: event loop only. `tokenizer`: of
+    the model, for structured output, which it refuses without one."""
 
     def __init__(
-        self, config: EngineConfig, make_executor: Callable[[], Executor], tails: TailSource
+        self,
+        config: EngineConfig,
+        make_executor: Callable[[], Executor],
+        tails: TailSource,
+        tokenizer: tokenizers.Tokenizer | None = None,
     ) -> None:
         self.config = config
         self._make_executor = make_executor
         self._tails = tails
+        self._tokenizer = tokenizer
         self._slots = SlotTable(config.max_slots)
         self._merged_slot = NO_SLOT
         self._residency = asyncio.Lock()  # one change of adapters is prepared at a time
@@ -92,6 +100,8 @@ class NativeEngine(Engine):
         )
         self._thread.start()
         await started
+        limits = self.limits
+        self._constraints = ConstraintMaker(self._tokenizer, limits.vocab_size, limits.eos_ids)
 
     async def close(self) -> None:
         self._closing = True
@@ -115,10 +125,12 @@ class NativeEngine(Engine):
         )
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        wanted = request.structured_output
+        constraint = await self._constraints.make(wanted) if wanted is not None else None
         self._require_alive()
         if request.request_id in self._mailboxes:
             raise KasaError(f"request id {request.request_id!r} is in use")
-        seq = Sequence(request, self._slots.find(request.adapter), self._num_merges)
+        seq = Sequence(request, self._slots.find(request.adapter), self._num_merges, constraint)
         mailbox: asyncio.Queue[Delivery] = asyncio.Queue()
         self._mailboxes[request.request_id] = mailbox
         finished = False
@@ -127,6 +139,7 @@ class NativeEngine(Engine):
             while not finished:
                 delivery = await mailbox.get()
                 if isinstance(delivery, BaseException):
+                    finished = True
                     raise delivery
                 finished = delivery.finish_reason is not None
                 yield delivery
@@ -244,6 +257,10 @@ class NativeEngine(Engine):
         outputs = []
         for seq, token, logprob in zip(sampled, tokens, logprobs, strict=True):
             seq.token_ids.append(token)
+            if seq.constraint is not None and (error := seq.constraint.take(token)) is not None:
+                self._scheduler.finish(seq)
+                self._on_loop(self._fail, seq.request.request_id, error)
+                continue
             reason = self._finish_reason(seq, token)
             if reason is not None:
                 self._scheduler.finish(seq)
@@ -254,7 +271,10 @@ class NativeEngine(Engine):
 
     def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
         sampling = seq.request.sampling
-        if token in self._executor.eos_ids and not sampling.ignore_eos:
+        if seq.constraint is not None:
+            if seq.constraint.ended:
+                return FinishReason.STOP
+        elif token in self._executor.eos_ids and not sampling.ignore_eos:
             return FinishReason.STOP
         if sampling.max_tokens is not None and seq.num_output_tokens >= sampling.max_tokens:
             return FinishReason.LENGTH
@@ -383,6 +403,12 @@ class NativeEngine(Engine):
             mailbox = self._mailboxes.get(output.request_id)
             if mailbox is not None:  # None: cancelled, and the engine died meanwhile
                 mailbox.put_nowait(output)
+
+    def _fail(self, request_id: str, error: KasaError) -> None:
+        """End one request, whose sequence the step thread has let go of."""
+        mailbox = self._mailboxes.get(request_id)
+        if mailbox is not None:
+            mailbox.put_nowait(error)
 
     def _fail_all(self, cause: BaseException | None) -> None:
         for request_id, mailbox in self._mailboxes.items():

@@ -29,9 +29,11 @@ def sample(
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """The next token of each row and, where asked for, its log-probabilities.
 
-    `logits` (len(rows), vocab) float32 may be changed in place. Order: penalties, temperature,
-    top_k, top_p, min_p. Tokens as likely as the last one that a filter keeps are kept too."""
+    `logits` (len(rows), vocab) float32 may be changed in place. Order: constraints, penalties,
+    temperature, top_k, top_p, min_p. Tokens as likely as the last one that a filter keeps are kept
+    too."""
     raw = _rows_for_logprobs(logits, rows)
+    _apply_constraints(logits, rows)
     _forbid_early_end(logits, rows, eos_ids)
     _apply_penalties(logits, rows)
     drawn = [i for i, seq in enumerate(rows) if seq.request.sampling.temperature > 0]
@@ -140,8 +142,32 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     return (span * SPAN + torch.searchsorted(ends, target, right=True))[:, 0]
 
 
+def _apply_constraints(logits: Tensor, rows: Rows[Sequence]) -> None:
+    """Leave each row the tokens that its constraint lets follow, at least one."""
+    bound = [(i, seq, seq.constraint) for i, seq in enumerate(rows) if seq.constraint is not None]
+    if not bound:
+        return
+    words = np.empty((len(bound), bound[0][2].num_words), np.int32)
+    for own, (_, seq, constraint) in zip(words, bound, strict=True):
+        constraint.fill(own, go_on=seq.request.sampling.ignore_eos or _is_early(seq))
+    vocab = logits.shape[1]
+    allowed = np.unpackbits(words.view(np.uint8), axis=1, count=vocab, bitorder="little")
+    forbidden = allowed == 0  # (len(bound), vocab)
+    index = [i for i, _, _ in bound]
+    if logits.is_cpu:  # numpy's is faster, a row at a time
+        for i, where in zip(index, forbidden, strict=True):
+            np.copyto(logits[i].numpy(), -np.inf, where=where)
+    else:
+        where_on_device = torch.from_numpy(forbidden).to(logits.device)
+        logits[index] = logits[index].masked_fill(where_on_device, -torch.inf)
+
+
+def _is_early(seq: Sequence) -> bool:
+    return seq.num_output_tokens < seq.request.sampling.min_tokens
+
+
 def _forbid_early_end(logits: Tensor, rows: Rows[Sequence], eos_ids: frozenset[int]) -> None:
-    early = [i for i, s in enumerate(rows) if s.num_output_tokens < s.request.sampling.min_tokens]
+    early = [i for i, seq in enumerate(rows) if _is_early(seq) and seq.constraint is None]
     if early and eos_ids:
         rows_index = torch.tensor(early, device=logits.device)[:, None]
         logits[rows_index, torch.tensor(sorted(eos_ids), device=logits.device)] = -torch.inf

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kasa_runtime.engine.base import EngineRequest
 from kasa_runtime.engine.native.block_manager import block_hash, root_hash
+from kasa_runtime.engine.native.constraint import Constraint
 from kasa_runtime.engine.native.executor import NO_SLOT
 from kasa_runtime.engine.native.token_counts import TokenCounts
 from kasa_runtime.types import TokenLogprobs
@@ -26,6 +27,7 @@ class Sequence:
     request: EngineRequest
     slot: int = NO_SLOT
     num_merges: int = 0
+    constraint: Constraint | None = None  # what its output has to follow
     token_ids: list[int] = field(default_factory=list)  # prompt, then output
     num_computed: int = 0
     num_published: int = 0

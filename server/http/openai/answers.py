@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -25,7 +25,6 @@ from server.http.openai.events import DONE, EventStream
 RETRY_S = 5.0
 
 T = TypeVar("T")
-_dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Choice(Protocol):
@@ -46,13 +45,15 @@ class Choice(Protocol):
 
 @dataclass
 class Generations:
-    """Those of one request. `fields`: of the answer and of each event, beside choices and usage."""
+    """Those of one request. `fields`: of the answer and of each event, beside choices and usage;
+    `form`: the parameter that says the form of the answer."""
 
     generating: Generating
     gate: Gate
     call: HttpCall
     choices: Sequence[Choice]
     fields: Mapping[str, Any]
+    form: str
 
     async def whole(self) -> Response:
         """The answer when all have ended."""
@@ -60,17 +61,18 @@ class Generations:
         pairs = list(zip(self.choices, ended, strict=True))
         choices = [choice.whole(chunk) for choice, chunk in pairs]
         answer = {**self.fields, "choices": choices, "usage": _summed(pairs)}
-        return Response(_dumps(answer), media_type="application/json")
+        return Response(to_json(answer), media_type="application/json")
 
     async def _last(self, choice: Choice) -> TokenChunk:
-        async with aclosing(self.chunks(choice)) as chunks:
+        async with aclosing(self.chunks(choice, as_stream=False)) as chunks:
             return merge_chunks([chunk async for chunk in chunks])
 
-    async def chunks(self, choice: Choice) -> AsyncGenerator[TokenChunk]:
+    async def chunks(self, choice: Choice, *, as_stream: bool) -> AsyncGenerator[TokenChunk]:
         """Each generation counts against the client's limit, the first with its call."""
         place = self.gate.stream(self.call.client) if choice.index else nullcontext()
-        with place, named_as_asked():
-            async with aclosing(self.generating.chunks(choice.request, self.call)) as chunks:
+        with place, named_as_asked(self.form):
+            generated = self.generating.chunks(choice.request, self.call, as_stream=as_stream)
+            async with aclosing(generated) as chunks:
                 async for chunk in chunks:
                     if chunk.finish_reason is FinishReason.CANCELLED:  # not by the client
                         message = "this server is shutting down; try another"
@@ -88,8 +90,8 @@ class Stream:
         self._generations = generations
         self._with_usage = with_usage
         self._running_usage = running_usage
-        self._before = _dumps(generations.fields)[:-1] + ',"choices":['
-        self._after = '],"usage":null}' if with_usage else "]}"
+        self._before = to_json(generations.fields)[:-1] + b',"choices":['
+        self._after = b'],"usage":null}' if with_usage else b"]}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         events, generations = EventStream(send), self._generations
@@ -99,25 +101,25 @@ class Stream:
             if not events.begun:
                 raise
             problem = generations.call.problem(error)
-            await events.write(_dumps(problem.body).encode(), last=True)
+            await events.write(to_json(problem.body), last=True)
             return
         if self._with_usage:
             usage = _summed(list(zip(generations.choices, ended, strict=True)))
-            await events.write((f'{self._before}],"usage":{_dumps(usage)}}}').encode())
+            await events.write(b'%b],"usage":%b}' % (self._before, to_json(usage)))
         await events.write(DONE, last=True)
 
     async def _tell(self, choice: Choice, events: EventStream) -> TokenChunk:
         """Returns the last chunk."""
         num_tokens = 0
-        async with aclosing(self._generations.chunks(choice)) as chunks:
+        async with aclosing(self._generations.chunks(choice, as_stream=True)) as chunks:
             async for chunk in chunks:
                 num_tokens += len(chunk.token_ids)
                 if (part := choice.part(chunk)) is not None:
                     after = self._after
                     if self._running_usage:
-                        usage = _dumps(_usage(choice.num_prompt_tokens, num_tokens))
-                        after = f'],"usage":{usage}}}'
-                    await events.write(f"{self._before}{_dumps(part)}{after}".encode())
+                        usage = _usage(choice.num_prompt_tokens, num_tokens)
+                        after = b'],"usage":%b}' % to_json(usage)
+                    await events.write(b"%b%b%b" % (self._before, to_json(part), after))
         return chunk
 
 

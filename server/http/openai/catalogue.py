@@ -12,13 +12,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from kasa_runtime.errors import AdapterNotFound, InvalidRequest
 from kasa_runtime.runtime import Runtime
-from kasa_runtime.tokens import Action
-from kasa_runtime.types import BASE, AdapterInfo, AdapterState, AdapterTier
+from kasa_runtime.tokens import Action, not_found
+from kasa_runtime.types import BASE, AdapterInfo, AdapterState
 from server import convert
 from server.http.body import read_json
 from server.http.calls import HttpCall
 from server.http.openai.conversion import adapter_of
-from server.http.openai.requests import LoadAdapter, UnloadAdapter, parse
+from server.http.openai.parsing import parse
+from server.http.openai.requests import LoadAdapter, UnloadAdapter
 
 OWNER = "kasa"
 
@@ -42,7 +43,8 @@ class Models:
     async def get(self, request: Request, call: HttpCall) -> Response:
         name = request.path_params["model"]
         adapter = adapter_of(name, self._runtime.model.name)
-        call.caller.require_sight(adapter)
+        if not call.caller.sees(adapter):
+            raise AdapterNotFound(not_found(name), name=name)
         if adapter == BASE:
             return JSONResponse(self._base())
         info = await self._runtime.get_adapter(adapter)
@@ -79,18 +81,12 @@ class LoraAdapters:
         self._max_bytes = max_bytes
 
     async def load(self, request: Request, call: HttpCall) -> Response:
-        """Bring an adapter into memory ahead of its first request."""
+        """Bring an adapter into memory ahead of its first request. One that is there already is no
+        error, as it is in vLLM: requests load adapters, too."""
         asked = parse(LoadAdapter, await read_json(request, self._max_bytes))
         name = convert.adapter_name("lora_name", asked.lora_name)
         call.caller.require(Action.ADMINISTER, name)
         self._check_path(name, asked.lora_path)
-        info = await self._runtime.get_adapter(name)
-        if info.tier is AdapterTier.SLOT and not asked.load_inplace:
-            raise InvalidRequest(
-                "lora_name",
-                f"The lora adapter '{name}' has already been loaded. If you want to load the "
-                "adapter in place, set 'load_inplace' to True.",
-            )
         await self._runtime.load_adapter(name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 

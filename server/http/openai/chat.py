@@ -21,11 +21,13 @@ from server.http.openai.conversion import (
     Asked,
     adapter_of,
     chat_messages,
+    form_parameter,
     named_as_asked,
     structured_output,
 )
 from server.http.openai.logprobs import TokenBytes, of_chat, of_prompt
-from server.http.openai.requests import ChatParameters, parse
+from server.http.openai.parsing import parse
+from server.http.openai.requests import ChatParameters
 from server.http.openai.tools import ToolUse, call, tool_use
 
 
@@ -45,9 +47,11 @@ class ChatCompletions:
         _check(asked)
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
         fields = envelope(call, "chatcmpl", kind, asked.model)
+        tools = tool_use(asked)
         with named_as_asked():
-            choices = await self._choices(asked, call)
-        generations = Generations(self._generating, self._gate, call, choices, fields)
+            choices = await self._choices(asked, tools, call)
+        form = form_parameter(asked) if tools.schema is None else "tools"
+        generations = Generations(self._generating, self._gate, call, choices, fields, form)
         if not asked.stream:
             return await generations.whole()
         options = asked.stream_options
@@ -57,8 +61,9 @@ class ChatCompletions:
             running_usage=bool(options and options.continuous_usage_stats),
         )
 
-    async def _choices(self, asked: ChatParameters, call: HttpCall) -> list[ChatChoice]:
-        tools = tool_use(asked)
+    async def _choices(
+        self, asked: ChatParameters, tools: ToolUse, call: HttpCall
+    ) -> list[ChatChoice]:
         common = _common(asked, tools, self._runtime.model.name)
         messages = chat_messages(asked.messages)
         num_prompt_tokens = await self._count(asked, messages, tools)

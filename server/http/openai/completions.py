@@ -21,11 +21,13 @@ from server.http.openai.conversion import (
     MAX_TOKENS,
     Asked,
     adapter_of,
+    form_parameter,
     named_as_asked,
     structured_output,
 )
 from server.http.openai.logprobs import CompletionLogprobs, of_prompt
-from server.http.openai.requests import MAX_CHOICES, CompletionParameters, parse
+from server.http.openai.parsing import parse
+from server.http.openai.requests import MAX_CHOICES, CompletionParameters
 
 
 class Completions:
@@ -45,7 +47,8 @@ class Completions:
         with named_as_asked():
             choices = await self._choices(asked, call)
         fields = envelope(call, "cmpl", "text_completion", asked.model)
-        generations = Generations(self._generating, self._gate, call, choices, fields)
+        form = form_parameter(asked)
+        generations = Generations(self._generating, self._gate, call, choices, fields, form)
         if not asked.stream:
             return await generations.whole()
         options = asked.stream_options

@@ -30,18 +30,31 @@ TEMPERATURE = 1.0
 MAX_TOKENS = 16  # of completions
 
 # Parameters by the library's names of them; `sampling.top_p` is just top_p.
-NAMES = {"chat": "messages", "tokens.ids": "prompt", "structured_output": "response_format"}
+NAMES = {"chat": "messages", "tokens.ids": "prompt"}
+FORM = "structured_output"
+# Those that say the form of an answer.
+FORMS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
 SEEDS = 2**63
 ANY_OBJECT = '{"type": "object"}'
 
 
 @contextmanager
-def named_as_asked() -> Iterator[None]:
-    """Errors of the library within name the parameters as clients know them."""
+def named_as_asked(form: str = FORMS[0]) -> Iterator[None]:
+    """Errors of the library within name the parameters as clients know them. `form`: the parameter
+    that says the form of the answer."""
     try:
         yield
     except InvalidRequest as error:
         name = NAMES.get(error.field, error.field.removeprefix("sampling."))
+        if name.partition(".")[0] == FORM:
+            name = form
         raise InvalidRequest(name, error.description) from None
 
 
@@ -104,6 +117,11 @@ class Asked:
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
+
+
+def form_parameter(asked: GenerationParameters) -> str:
+    """The parameter that says the form of the answer, if one does."""
+    return next((name for name in FORMS if getattr(asked, name) is not None), FORMS[0])
 
 
 def structured_output(asked: GenerationParameters) -> StructuredOutput | None:

@@ -3,9 +3,8 @@ value that changes nothing. Whatever else a request has is an error that names i
 
 from __future__ import annotations
 
-import difflib
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -13,19 +12,11 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
-    ValidationError,
 )
-from pydantic_core import ErrorDetails
-
-from kasa_runtime.errors import InvalidRequest
 
 MAX_CHOICES = 128
 """Generations of one request, all prompts together."""
-
-
 MAX_MESSAGES = 4096
-MAX_ERRORS = 100
-"""Of one request; looking at more would hold up others."""
 
 
 class Parameters(BaseModel):
@@ -39,15 +30,11 @@ def _only(*allowed: Any) -> PlainValidator:
     """Of a parameter that may only have a value that changes nothing here."""
 
     def check(value: Any) -> None:
-        if value not in allowed or isinstance(value, bool) not in map(_is_bool, allowed):
+        if not any(type(value) is type(item) and value == item for item in allowed):
             shown = " or ".join(map(json.dumps, allowed))
             raise ValueError(f"is not supported here but as {shown}")
 
     return PlainValidator(check)
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
 
 
 Strings = Annotated[list[str], Field(fail_fast=True)]
@@ -266,7 +253,7 @@ class LoadAdapter(Parameters):
 
     lora_name: str
     lora_path: str
-    load_inplace: bool | None = None
+    load_inplace: bool | None = None  # new files in the directory are a new version anyway
 
 
 class UnloadAdapter(Parameters):
@@ -274,45 +261,3 @@ class UnloadAdapter(Parameters):
 
     lora_name: str
     lora_int_id: int | None = None  # vLLM's own number, which means nothing here
-
-
-P = TypeVar("P", bound=Parameters)
-
-
-def parse(kind: type[P], body: bytes) -> P:
-    """Raises InvalidRequest naming the first parameter that is wrong."""
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        if error.error_count() > MAX_ERRORS:
-            raise InvalidRequest("body", f"has {error.error_count()} errors") from None
-        details = error.errors(include_url=False)
-        unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
-        raise _invalid(kind, (unknown or details)[0]) from None
-
-
-def _invalid(kind: type[Parameters], detail: ErrorDetails) -> InvalidRequest:
-    where = _path(detail["loc"]) or "body"
-    match detail["type"]:
-        case "extra_forbidden":
-            near = difflib.get_close_matches(str(detail["loc"][-1]), kind.model_fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near and len(detail["loc"]) == 1 else ""
-            return InvalidRequest(where, f"this server knows no such parameter{hint}")
-        case "missing":
-            return InvalidRequest(where, "is required")
-        case "value_error":
-            return InvalidRequest(where, str(detail["ctx"]["error"]))
-        case "json_invalid":
-            return InvalidRequest("body", f"is no JSON: {detail['ctx']['error']}")
-    return InvalidRequest(where, f"{detail['msg'].lower()}, got {detail['input']!r:.80}")
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """`messages[0].content`. Kinds of a union that pydantic names too are left out."""
-    path = ""
-    for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier():
-            path += f".{part}" if path else part
-    return path

@@ -87,6 +87,9 @@ async def test_a_slow_sender_is_not_waited_for(begun):
     async with serving_fake(replace(CONFIG, http=HttpLimits(http_receive_s=0.2))) as served:
         async with connection(served) as (reader, writer):
             writer.write(begun)
+            if b"healthz" in begun:
+                await asyncio.wait_for(reader.readuntil(b"ok\n"), 5)
+                writer.write(b"\r\n")
             status, error = await answer(reader)
             assert (status, error["code"]) == (408, "request_timeout")
         async with connection(served) as (reader, writer):
