@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left
-    report = Report(machine())
+    report = Report(machine(), pinned())
     models = {base: None, args.adapter: args.adapters / args.adapter}
     with serving(args.model, args.adapters, args.serve, args.out / "server.log") as url:
         if "score" in args.steps:
@@ -59,6 +59,12 @@ def main(args: argparse.Namespace) -> None:
         for model, adapter in models.items():
             verify(report, model, model_dir, adapter, tasks)
     print(report.write(args.out))
+
+
+def pinned() -> dict[str, str]:
+    """The versions of what the environments are made of."""
+    lines = [line for file in sorted(REQUIREMENTS.glob("*.txt")) for line in file.open()]
+    return {name: version.strip() for name, _, version in (x.partition("==") for x in lines)}
 
 
 def score(
