@@ -27,15 +27,16 @@ class PeerUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Environment:
-    """What `requirements/<name>.txt` pins, without the packages of `without`, which it declares but
+    """What `<name>.txt` in `folder` pins, without the packages of `without`, which it declares but
     which do not work beside the others, or report to their makers."""
 
     name: str
     without: tuple[str, ...] = ()
+    folder: Path = REQUIREMENTS
 
     @property
     def requirements(self) -> Path:
-        return REQUIREMENTS / f"{self.name}.txt"
+        return self.folder / f"{self.name}.txt"
 
     @property
     def digest(self) -> str:

@@ -23,7 +23,8 @@ from server.vllm_metrics import VllmMetrics
 
 
 class Pages:
-    """`/healthz` and `/readyz` need no token, metrics one that may observe every adapter."""
+    """`/healthz`, `/health` and `/readyz` need no token, metrics one that may observe every
+    adapter."""
 
     def __init__(
         self, runtime: Runtime, metrics: Metrics, gate: Gate, *, vllm_metrics: bool = False
@@ -38,6 +39,7 @@ class Pages:
     def routes(self) -> list[Route]:
         routes = [
             Route("/healthz", self.healthz),
+            Route("/health", self.healthz),  # where clients of OpenAI's API look for it
             Route("/readyz", self.readyz),
             Route("/metrics", self.metrics),
         ]

@@ -33,7 +33,7 @@ async def test_metrics_as_openmetrics_when_asked_for(served):
     assert text.endswith("# EOF\n")
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+@pytest.mark.parametrize("path", ["/healthz", "/health", "/readyz"])
 async def test_healthy(served, path):
     assert (await get(served, path))[0] == 200
 
