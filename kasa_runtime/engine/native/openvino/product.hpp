@@ -34,11 +34,14 @@ inline void end_stores_past_cache() {}
 #endif
 
 constexpr int64_t kPanel = 32;
+// A tile: rows whose sums stay in registers, which are no wider than these. Compilers spill wider ones.
 #ifdef __AVX512F__
-constexpr int kTile = 12;  // rows whose sums stay in registers
+constexpr int kTile = 12, kLanes = 16;
 #else
-constexpr int kTile = 3;
+constexpr int kTile = 2, kLanes = 8;
 #endif
+using Lanes = float __attribute__((vector_size(4 * kLanes), aligned(4)));
+constexpr int kParts = kPanel / kLanes;
 constexpr int64_t kChunk = 120;  // rows that one pass over the panels serves: they stay in the second cache
 constexpr int64_t kAhead = 64 * kPanel;  // how far a panel that is used once is fetched ahead
 constexpr int64_t kNear = 8 * kPanel;  // and one from the second cache into the first
@@ -49,26 +52,24 @@ inline int64_t num_panels(int64_t out) { return (out + kPanel - 1) / kPanel; }
 template <int kRows>
 void multiply_tile(const float* x, int64_t in, const float* panel, float* y, int64_t out, int64_t width,
                    const float* ahead, int64_t stride) {
-    Vec low[kRows] = {}, high[kRows] = {};
+    Lanes sums[kRows][kParts] = {};
     for (int64_t k = 0; k < in; ++k) {
         prefetch(ahead + k * stride);
         prefetch(ahead + k * stride + 16);
         prefetch_first(panel + k * kPanel + kNear);
         prefetch_first(panel + k * kPanel + kNear + 16);
-        const Vec a = load(panel + k * kPanel), b = load(panel + k * kPanel + 16);
+        Lanes w[kParts];
+        for (int j = 0; j < kParts; ++j) w[j] = *reinterpret_cast<const Lanes*>(panel + k * kPanel + j * kLanes);
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-            low[r] += x[r * in + k] * a;
-            high[r] += x[r * in + k] * b;
-        }
+        for (int r = 0; r < kRows; ++r)
+            for (int j = 0; j < kParts; ++j) sums[r][j] += x[r * in + k] * w[j];
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
         if (width == kPanel) {
-            store(y + r * out, low[r]);
-            store(y + r * out + 16, high[r]);
+            for (int j = 0; j < kParts; ++j) *reinterpret_cast<Lanes*>(y + r * out + j * kLanes) = sums[r][j];
         } else {
-            for (int i = 0; i < width; ++i) y[r * out + i] = i < 16 ? low[r][i] : high[r][i - 16];
+            for (int i = 0; i < width; ++i) y[r * out + i] = sums[r][i / kLanes][i % kLanes];
         }
     }
 }
