@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -179,12 +180,13 @@ def request(
     token_ids: Sequence[int],
     count: int | None = 8,
     adapter: str | None = None,
-    **sampling: Any,
+    **fields: Any,
 ) -> EngineRequest:
-    deadline_s, client = sampling.pop("deadline_s", None), sampling.pop("client", "")
-    salt, form = sampling.pop("cache_salt", ""), sampling.pop("structured_output", None)
-    params = SamplingParams(max_tokens=count, **sampling)
-    return EngineRequest(name, tuple(token_ids), params, adapter, deadline_s, client, salt, form)
+    """`fields` are EngineRequest's own, and those of its SamplingParams."""
+    names = {each.name for each in dataclasses.fields(EngineRequest)}
+    own = {name: fields.pop(name) for name in names & fields.keys()}
+    params = SamplingParams(max_tokens=count, **fields)
+    return EngineRequest(name, tuple(token_ids), params, adapter, **own)
 
 
 @dataclass
