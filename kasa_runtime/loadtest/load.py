@@ -83,7 +83,7 @@ Ask = Callable[[Request], AsyncIterator[TokenChunk]]
 class Refused(KasaError):
     """A request failed for a reason that is no class of ours."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, message: str, *, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason
 

@@ -170,10 +170,10 @@ def _refused(response: httpx.Response) -> Refused:
     try:
         return _of_object(response.json()["error"], status)
     except (ValueError, KeyError, TypeError):
-        return Refused(status, f"{status}: {response.text[:200]}")
+        return Refused(f"{status}: {response.text[:200]}", reason=status)
 
 
 def _of_object(error: dict[str, Any], otherwise: str) -> Refused:
     code = error.get("code")
     reason = code.upper() if isinstance(code, str) else otherwise
-    return Refused(reason, str(error["message"]))
+    return Refused(str(error["message"]), reason=reason)

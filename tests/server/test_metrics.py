@@ -15,6 +15,7 @@ from kasa_runtime.errors import AdapterInvalid, LimitExceeded, Overloaded, Shutt
 from kasa_runtime.types import AdapterState, AdapterTier, FinishReason, Mode, TokenChunk
 from server.gauges import Gauges
 from server.grpc_metrics import GrpcMetrics
+from server.http.metrics import HttpMetrics
 from server.metrics import Metrics
 from server.trace_context import current_trace_id
 
@@ -45,6 +46,8 @@ NAMES = {
     "kasa_build_info",
     "grpc_server_handled",
     "grpc_server_handling_seconds",
+    "kasa_http_request_seconds",
+    "kasa_http_requests",
     "kasa_adapter_info",
     "kasa_adapter_resident",
     "kasa_adapter_host_cache_bytes",
@@ -90,6 +93,7 @@ def metrics():
 async def test_every_name_of_the_contract_is_there(metrics):
     metrics.registry.register(Gauges(FakeRuntime(metrics), metrics.label))
     GrpcMetrics(metrics.registry)
+    HttpMetrics(metrics.registry)
     text = generate_latest(metrics.registry).decode()
     found = {family.name for family in text_string_to_metric_families(text)}
     of_the_process = {name for name in found if name.startswith(("process_", "python_"))}

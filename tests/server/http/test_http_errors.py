@@ -27,7 +27,8 @@ def make(error_type):
 
 
 def test_every_error_class_has_a_rule():
-    assert RULES.keys() == set(ALL)
+    ours = {error_type for error_type in ALL if error_type.__module__ == errors.__name__}
+    assert RULES.keys() == ours
 
 
 @pytest.mark.parametrize("error_type", ALL, ids=lambda error_type: error_type.__name__)
