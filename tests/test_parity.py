@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ NUM_TOKENS = 32
 LOGIT_PROMPTS = 8  # of the 16: logits at every position of the first so many
 MERGED_PROMPTS = 4
 BATCH = 8
-THREADS = 2
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -192,14 +191,6 @@ def until_end(token_ids: list[int], eos: int = 2) -> list[int]:
     return token_ids[: token_ids.index(eos) + 1] if eos in token_ids else token_ids
 
 
-@pytest.fixture(scope="module", autouse=True)
-def both_cores() -> Iterator[None]:
-    """For this model they are worth it; the tiny ones of other tests are better off without."""
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def prompts(smollm2: Path) -> list[list[int]]:
     from kasa_runtime.tokenizer import Tokenizer
@@ -219,6 +210,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wanted(smollm2: Path, prompts: list[list[int]], trained: Path) -> dict[str, Served]:
     """The references, by adapter. Leaves the adapters in `trained`."""
+    torch.set_num_threads(1)
     answers = {"": reference(load_base(smollm2), prompts)}
     for name in PEFT_ADAPTERS:
         answers[name] = reference(make_with_peft(smollm2, trained / name, name), prompts)
@@ -237,7 +229,7 @@ class Serving:
     ) -> None:
         settings = EngineConfig(
             executor=executor,
-            threads=THREADS,
+            threads=1,
             device="cpu",
             dtype="float32",
             max_num_seqs=16,
