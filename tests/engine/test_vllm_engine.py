@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from adapter.making import make_adapter
-from tiny import save_tiny_chat_model, save_tiny_llama
+from tiny import save_tiny_chat_model
 
 from engine.making import MemoryTails, collect, make_deltas, prompt, request, until
 from kasa_runtime.adapter import checkpoint
@@ -47,7 +47,7 @@ def settings(**changes: Any) -> EngineConfig:
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("vllm") / "tiny", **SHAPE)
+    return save_tiny_chat_model(tmp_path_factory.mktemp("vllm") / "tiny", **SHAPE)
 
 
 @pytest.fixture
@@ -119,10 +119,10 @@ async def test_the_death_of_its_process_fails_requests_and_all_later_calls(
 
 
 async def test_a_model_without_kernels_is_refused_at_the_start(
-    tmp_path: Path, tiny_llama: Path
+    tmp_path: Path, tiny_chat_model: Path
 ) -> None:
     """Its heads are of 16, of which vLLM's CPU attention learns with the first token."""
-    engine = VllmEngine(tiny_llama, settings(), MemoryTails(BaseModel(tiny_llama)))
+    engine = VllmEngine(tiny_chat_model, settings(), MemoryTails(BaseModel(tiny_chat_model)))
     with pytest.raises(ModelError, match="died of the first token"):
         await engine.start()
     assert not engine.alive
