@@ -115,7 +115,7 @@ class Server:
         body_bytes = int(config.clients.max_message_mib * 2**20)
         routes = [
             *self._pages.routes(),
-            *openai_routes(runtime, self._generating, edge.gate, body_bytes),
+            *openai_routes(runtime, self._generating, self._adapters, edge.gate, body_bytes),
             *AdaptersApi(runtime, self._adapters, edge.gate, edge).routes(),
             *front_page.routes(),
         ]

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic_core import to_json
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kasa_runtime.errors import ShuttingDown
 from kasa_runtime.types import FinishReason, GenerationRequest, TokenChunk, Usage
@@ -21,6 +21,7 @@ from server.generating import Generating
 from server.http.calls import HttpCall
 from server.http.openai.conversion import named_as_asked
 from server.http.openai.events import DONE, EventStream
+from server.http.openai.requests import GenerationParameters, StreamOptions
 
 RETRY_S = 5.0
 
@@ -54,6 +55,17 @@ class Generations:
     choices: Sequence[Choice]
     fields: Mapping[str, Any]
     form: str
+
+    async def answer(self, asked: GenerationParameters) -> ASGIApp:
+        """At once, or as a stream, as was asked."""
+        if not asked.stream:
+            return await self.whole()
+        options = asked.stream_options or StreamOptions()
+        return Stream(
+            self,
+            with_usage=bool(options.include_usage),
+            running_usage=bool(options.continuous_usage_stats),
+        )
 
     async def whole(self) -> Response:
         """The answer when all have ended."""

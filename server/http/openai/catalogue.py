@@ -12,9 +12,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from kasa_runtime.errors import AdapterNotFound, InvalidRequest
 from kasa_runtime.runtime import Runtime
-from kasa_runtime.tokens import Action, not_found
+from kasa_runtime.tokens import not_found
 from kasa_runtime.types import BASE, AdapterInfo, AdapterState
 from server import convert
+from server.adapters import Adapters
 from server.http.body import read_json
 from server.http.calls import HttpCall
 from server.http.openai.conversion import adapter_of
@@ -75,8 +76,8 @@ class Models:
 class LoraAdapters:
     """Adapters come from the adapters directory, and from nowhere else."""
 
-    def __init__(self, runtime: Runtime, adapters_dir: Path, max_bytes: int) -> None:
-        self._runtime = runtime
+    def __init__(self, adapters: Adapters, adapters_dir: Path, max_bytes: int) -> None:
+        self._adapters = adapters
         self._adapters_dir = adapters_dir
         self._max_bytes = max_bytes
 
@@ -85,17 +86,15 @@ class LoraAdapters:
         error, as it is in vLLM: requests load adapters, too."""
         asked = parse(LoadAdapter, await read_json(request, self._max_bytes))
         name = convert.adapter_name("lora_name", asked.lora_name)
-        call.caller.require(Action.ADMINISTER, name)
         self._check_path(name, asked.lora_path)
-        await self._runtime.load_adapter(name)
+        await self._adapters.load(call.caller, name, pin=False)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, request: Request, call: HttpCall) -> Response:
         """Free its place. It is served still, and comes back with its next request."""
         asked = parse(UnloadAdapter, await read_json(request, self._max_bytes))
         name = convert.adapter_name("lora_name", asked.lora_name)
-        call.caller.require(Action.ADMINISTER, name)
-        await self._runtime.unload_adapter(name)
+        await self._adapters.unload(call.caller, name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     def _check_path(self, name: str, path: str) -> None:

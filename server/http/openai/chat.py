@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -16,11 +17,12 @@ from server.access import Gate
 from server.generating import Generating
 from server.http.body import read_json
 from server.http.calls import HttpCall
-from server.http.openai.answers import Generations, Stream, ending, envelope
+from server.http.openai.answers import Generations, ending, envelope
 from server.http.openai.conversion import (
     Asked,
     adapter_of,
     chat_messages,
+    check_stream_options,
     form_parameter,
     named_as_asked,
     structured_output,
@@ -31,19 +33,17 @@ from server.http.openai.requests import ChatParameters
 from server.http.openai.tools import ToolUse, call, tool_use
 
 
+@dataclass(frozen=True)
 class ChatCompletions:
     """`n` answers to one conversation."""
 
-    def __init__(
-        self, runtime: Runtime, generating: Generating, gate: Gate, max_bytes: int
-    ) -> None:
-        self._runtime = runtime
-        self._generating = generating
-        self._gate = gate
-        self._max_bytes = max_bytes
+    runtime: Runtime
+    generating: Generating
+    gate: Gate
+    max_bytes: int
 
     async def __call__(self, request: Request, call: HttpCall) -> ASGIApp:
-        asked = parse(ChatParameters, await read_json(request, self._max_bytes))
+        asked = parse(ChatParameters, await read_json(request, self.max_bytes))
         _check(asked)
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
         fields = envelope(call, "chatcmpl", kind, asked.model)
@@ -51,27 +51,20 @@ class ChatCompletions:
         with named_as_asked():
             choices = await self._choices(asked, tools, call)
         form = form_parameter(asked) if tools.schema is None else "tools"
-        generations = Generations(self._generating, self._gate, call, choices, fields, form)
-        if not asked.stream:
-            return await generations.whole()
-        options = asked.stream_options
-        return Stream(
-            generations,
-            with_usage=bool(options and options.include_usage),
-            running_usage=bool(options and options.continuous_usage_stats),
-        )
+        generations = Generations(self.generating, self.gate, call, choices, fields, form)
+        return await generations.answer(asked)
 
     async def _choices(
         self, asked: ChatParameters, tools: ToolUse, call: HttpCall
     ) -> list[ChatChoice]:
-        common = _common(asked, tools, self._runtime.model.name)
+        common = _common(asked, tools, self.runtime.model.name)
         messages = chat_messages(asked.messages)
         num_prompt_tokens = await self._count(asked, messages, tools)
         generations = [
             common.request(call.unique_id, index, messages=messages, tools=tools.told)
             for index in range(asked.n or 1)
         ]
-        token_bytes = self._runtime.token_bytes
+        token_bytes = self.runtime.token_bytes
         return [
             ChatChoice(token_bytes, asked, generation, index, tools, num_prompt_tokens)
             for index, generation in enumerate(generations)
@@ -83,14 +76,13 @@ class ChatCompletions:
         """The prompt's tokens, where they have to be known before the end."""
         if not (asked.stream_options and asked.stream_options.continuous_usage_stats):
             return 0
-        tokenize: Callable[..., list[int]] = self._runtime.tokenize
+        tokenize: Callable[..., list[int]] = self.runtime.tokenize
         return len(await asyncio.to_thread(tokenize, messages=messages, tools=tools.told))
 
 
 def _check(asked: ChatParameters) -> None:
     """What parameters have to do with each other. Raises InvalidRequest."""
-    if asked.stream_options is not None and not asked.stream:
-        raise InvalidRequest("stream_options", "belongs to stream: true")
+    check_stream_options(asked)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise InvalidRequest("top_logprobs", "belongs to logprobs: true")
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:

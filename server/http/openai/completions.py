@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -16,11 +17,12 @@ from server.access import Gate
 from server.generating import Generating
 from server.http.body import read_json
 from server.http.calls import HttpCall
-from server.http.openai.answers import Generations, Stream, ending, envelope
+from server.http.openai.answers import Generations, ending, envelope
 from server.http.openai.conversion import (
     MAX_TOKENS,
     Asked,
     adapter_of,
+    check_stream_options,
     form_parameter,
     named_as_asked,
     structured_output,
@@ -30,36 +32,27 @@ from server.http.openai.parsing import parse
 from server.http.openai.requests import MAX_CHOICES, CompletionParameters
 
 
+@dataclass(frozen=True)
 class Completions:
     """Several prompts make several choices, those of the first prompt first."""
 
-    def __init__(
-        self, runtime: Runtime, generating: Generating, gate: Gate, max_bytes: int
-    ) -> None:
-        self._runtime = runtime
-        self._generating = generating
-        self._gate = gate
-        self._max_bytes = max_bytes
+    runtime: Runtime
+    generating: Generating
+    gate: Gate
+    max_bytes: int
 
     async def __call__(self, request: Request, call: HttpCall) -> ASGIApp:
-        asked = parse(CompletionParameters, await read_json(request, self._max_bytes))
+        asked = parse(CompletionParameters, await read_json(request, self.max_bytes))
         _check(asked)
         with named_as_asked():
             choices = await self._choices(asked, call)
         fields = envelope(call, "cmpl", "text_completion", asked.model)
         form = form_parameter(asked)
-        generations = Generations(self._generating, self._gate, call, choices, fields, form)
-        if not asked.stream:
-            return await generations.whole()
-        options = asked.stream_options
-        return Stream(
-            generations,
-            with_usage=bool(options and options.include_usage),
-            running_usage=bool(options and options.continuous_usage_stats),
-        )
+        generations = Generations(self.generating, self.gate, call, choices, fields, form)
+        return await generations.answer(asked)
 
     async def _choices(self, asked: CompletionParameters, call: HttpCall) -> list[CompletionChoice]:
-        common = _common(asked, self._runtime.model.name)
+        common = _common(asked, self.runtime.model.name)
         choices: list[CompletionChoice] = []
         for prompt in asked.prompt:
             ids = await self._ids(asked, prompt)
@@ -69,7 +62,7 @@ class Completions:
                     given = {"token_ids": tuple(prompt)}
                 generation = common.request(call.unique_id, number, **given)
                 choices.append(
-                    CompletionChoice(self._runtime, asked, generation, len(choices), number, ids)
+                    CompletionChoice(self.runtime, asked, generation, len(choices), number, ids)
                 )
         return choices
 
@@ -81,14 +74,13 @@ class Completions:
             raise InvalidRequest("prompt", "must not be empty")
         figures = asked.echo and asked.logprobs is not None
         if figures or (asked.stream_options and asked.stream_options.continuous_usage_stats):
-            return await asyncio.to_thread(self._runtime.tokenize, prompt=prompt)
+            return await asyncio.to_thread(self.runtime.tokenize, prompt=prompt)
         return ()
 
 
 def _check(asked: CompletionParameters) -> None:
     """What parameters have to do with each other. Raises InvalidRequest."""
-    if asked.stream_options is not None and not asked.stream:
-        raise InvalidRequest("stream_options", "belongs to stream: true")
+    check_stream_options(asked)
     if asked.best_of not in (None, asked.n or 1):
         raise InvalidRequest("best_of", f"is supported here only as n, which is {asked.n or 1}")
     if asked.max_tokens == 0 and not asked.echo:

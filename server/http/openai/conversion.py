@@ -119,6 +119,12 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
+def check_stream_options(asked: GenerationParameters) -> None:
+    """Raises InvalidRequest."""
+    if asked.stream_options is not None and not asked.stream:
+        raise InvalidRequest("stream_options", "belongs to stream: true")
+
+
 def form_parameter(asked: GenerationParameters) -> str:
     """The parameter that says the form of the answer, if one does."""
     return next((name for name in FORMS if getattr(asked, name) is not None), FORMS[0])

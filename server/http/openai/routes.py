@@ -6,6 +6,7 @@ from starlette.routing import Route
 
 from kasa_runtime.runtime import Runtime
 from server.access import Gate
+from server.adapters import Adapters
 from server.generating import Generating
 from server.http.calls import Endpoint, Handler
 from server.http.openai.catalogue import LoraAdapters, Models
@@ -14,7 +15,7 @@ from server.http.openai.completions import Completions
 
 
 def openai_routes(
-    runtime: Runtime, generating: Generating, gate: Gate, max_bytes: int
+    runtime: Runtime, generating: Generating, adapters: Adapters, gate: Gate, max_bytes: int
 ) -> list[Route]:
     """`max_bytes`: of a request's body."""
 
@@ -22,15 +23,14 @@ def openai_routes(
         return Route(path, Endpoint(gate, handle), methods=[method])
 
     models = Models(runtime)
-    adapters = LoraAdapters(runtime, runtime.config.adapters_dir, max_bytes)
+    loras = LoraAdapters(adapters, runtime.config.adapters_dir, max_bytes)
     completions = Completions(runtime, generating, gate, max_bytes)
+    chat_completions = ChatCompletions(runtime, generating, gate, max_bytes)
     return [
         route("GET", "/v1/models", models.list),
         route("GET", "/v1/models/{model:path}", models.get),
         route("POST", "/v1/completions", completions),
-        route(
-            "POST", "/v1/chat/completions", ChatCompletions(runtime, generating, gate, max_bytes)
-        ),
-        route("POST", "/v1/load_lora_adapter", adapters.load),
-        route("POST", "/v1/unload_lora_adapter", adapters.unload),
+        route("POST", "/v1/chat/completions", chat_completions),
+        route("POST", "/v1/load_lora_adapter", loras.load),
+        route("POST", "/v1/unload_lora_adapter", loras.unload),
     ]
