@@ -31,7 +31,8 @@ MAX_LOGGED = 200  # bytes of a path that is no route's
 
 @dataclass(slots=True, kw_only=True)
 class HttpCall(Call):
-    """One request. `status`: of its answer, 0 before that begins."""
+    """One request. `status`: of its answer, 0 before that begins; of a stream that failed in its
+    middle, the error's."""
 
     status: int = 0
 

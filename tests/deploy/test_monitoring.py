@@ -91,7 +91,7 @@ def test_every_alert_is_tested_and_has_a_runbook() -> None:
 
 
 def test_runbooks_name_metrics_and_alerts_that_exist() -> None:
-    known = "".join(path.read_text() for path in (ROOT / "server").glob("*.py"))
+    known = "".join(path.read_text() for path in (ROOT / "server").rglob("*.py"))
     for name, rule in alerts().items():
         text = (ROOT / rule["annotations"]["runbook"]).read_text()
         assert name in text

@@ -113,6 +113,7 @@ class Stream:
             if not events.begun:
                 raise
             problem = generations.call.problem(error)
+            generations.call.status = problem.status  # for metrics and the log; 200 has been sent
             await events.write(to_json(problem.body), last=True)
             return
         if self._with_usage:

@@ -450,6 +450,8 @@ async def test_an_error_in_the_middle_of_a_stream_is_an_event(served):
                 told.append(part.choices[0].text)
     assert told == ["one "]
     await served.settled()
+    labels = {"handler": "/v1/completions", "method": "POST", "code": "503"}
+    assert served.edge.registry.get_sample_value("kasa_http_requests_total", labels) == 1
 
 
 ROOT, ALICE = tokens.new_token(), tokens.new_token()
