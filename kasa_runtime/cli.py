@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 COMMANDS = {
-    "serve": "Serve one base model and its adapters over gRPC.",
+    "serve": "Serve one base model and its adapters over gRPC and HTTP.",
     "status": "Show what a running server serves.",
     "generate": "Send a prompt to a running server.",
     "chat": "Talk with a running server, turn by turn.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kasa_runtime.commands.completion import model_names
+from kasa_runtime.commands.help import Command
 from kasa_runtime.commands.output import json_option, print_json
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ model_option = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="Check that an adapter can be applied exactly.")
 @directory_argument
 @model_option
 @json_option
@@ -60,7 +61,14 @@ def _sentence(facts: dict[str, Any]) -> str:
     )
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    short_help="Write an adapter as a LoRA, or a whole model, for other engines.",
+    examples=(
+        "kasa adapters export adapters/support support-lora --format lora",
+        "kasa adapters export adapters/support support-model --format merged",
+    ),
+)
 @directory_argument
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--format", "form", type=click.Choice(["lora", "merged"]), required=True)

@@ -12,6 +12,7 @@ import click
 
 from kasa_runtime.commands.adapter_files import export, verify
 from kasa_runtime.commands.completion import adapter_names
+from kasa_runtime.commands.help import Group
 from kasa_runtime.commands.output import (
     json_option,
     print_fields,
@@ -32,7 +33,7 @@ VERSION_DIGITS = 12
 name_argument = click.argument("name", shell_complete=adapter_names)
 
 
-@click.group("adapters")
+@click.group("adapters", cls=Group)
 def command() -> None:
     """List, upload, merge and otherwise manage adapters of a running server."""
 
@@ -64,7 +65,7 @@ def show(name: str, address: str, as_json: bool) -> None:
         _print(client.get_adapter(name), as_json)
 
 
-@command.command()
+@command.command(short_help="List an adapter's versions that are kept.")
 @name_argument
 @json_option
 @address_option
@@ -78,7 +79,12 @@ def versions(name: str, address: str, as_json: bool) -> None:
         _print_versions(found)
 
 
-@command.command()
+@command.command(
+    examples=(
+        "kasa adapters upload runs/support",
+        'kasa adapters upload runs/support --name support --expected-version ""',
+    )
+)
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--name", help="default: the directory's")
 @click.option("--expected-version", help='only onto this version; "": only if the name is new')

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kasa_runtime.commands.help import Command
 from kasa_runtime.commands.output import print_fields, table_console
 from kasa_runtime.commands.sampling import sampling_of, sampling_options
 from kasa_runtime.commands.server_address import address_option, security_of
@@ -55,7 +56,16 @@ class Plan:
     sampling: SamplingParams
 
 
-@click.command("bench", context_settings={"max_content_width": 100})
+@click.command(
+    "bench",
+    cls=Command,
+    context_settings={"max_content_width": 100},
+    examples=(
+        "kasa bench --rate 4 --duration 60 --adapters all --zipf 1.1 --html load.html",
+        "kasa bench --concurrency 8 --requests 200 --prompts prompts.txt --json load.json",
+        "kasa bench --concurrency 8 --http http://127.0.0.1:8080",
+    ),
+)
 @click.option("--rate", type=positive, help="open loop: requests per second, arriving by chance")
 @click.option(
     "--concurrency",
@@ -89,9 +99,19 @@ class Plan:
 )
 @click.option("--chat", is_flag=True, help="send prompts as users' messages")
 @click.option(
-    "--warmup", type=click.IntRange(min=0), default=0, help="requests before, which do not count"
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="requests before, which do not count",
 )
-@click.option("--load-seed", type=int, default=0, help="of arrivals and of which adapter is asked")
+@click.option(
+    "--load-seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="of arrivals and of which adapter is asked",
+)
 @click.option(
     "--timeout",
     "timeout_s",
@@ -103,8 +123,8 @@ class Plan:
 @click.option("--json", "json_file", type=path, help="write the report there, as JSON")
 @click.option("--html", "html_file", type=path, help="write it there as a page with plots")
 @click.option("--http", "url", help="load the OpenAI-compatible API there instead of gRPC")
-@address_option
 @sampling_options
+@address_option
 def command(
     *,
     address: str,

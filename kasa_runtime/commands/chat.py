@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kasa_runtime.commands.completion import adapter_names
+from kasa_runtime.commands.help import Command
 from kasa_runtime.commands.sampling import sampling_of, sampling_options
 from kasa_runtime.commands.server_address import address_option, connect
 from kasa_runtime.errors import KasaError, ModelError
@@ -26,7 +27,12 @@ HELP = """\
 Ctrl-C          stop the answer; Ctrl-D leaves"""
 
 
-@click.command("chat", context_settings={"max_content_width": 100})
+@click.command(
+    "chat",
+    cls=Command,
+    context_settings={"max_content_width": 100},
+    examples=('kasa chat --adapter support --system "Answer briefly."',),
+)
 @click.option(
     "--adapter",
     default="",
@@ -35,8 +41,8 @@ Ctrl-C          stop the answer; Ctrl-D leaves"""
 )
 @click.option("--system", default="", help="a system message before the conversation")
 @click.option("--timeout", "timeout_s", type=float, help="of an answer, in seconds")
-@address_option
 @sampling_options
+@address_option
 def command(
     *, adapter: str, system: str, timeout_s: float | None, address: str, **sampling: Any
 ) -> None:
@@ -87,8 +93,8 @@ class Chat:
         answer = ""
         try:
             for chunk in chunks:
+                answer += chunk.text  # first: what is seen was said, whenever Ctrl-C comes
                 click.echo(chunk.text, nl=False)
-                answer += chunk.text
         finally:
             if answer:
                 click.echo()

@@ -8,10 +8,19 @@ from pathlib import Path
 
 import click
 
+from kasa_runtime.commands.help import Command
+from kasa_runtime.commands.output import json_option, print_fields, print_json
 from kasa_runtime.commands.train import quiet_libraries
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=(
+        "kasa experiment",
+        "kasa experiment versus-lora --run examples/tickets/run.toml --seeds 5",
+        "kasa experiment versus-lora --run examples/tickets/run.toml --report-only",
+    ),
+)
 @click.argument("names", nargs=-1, metavar="NAME...")
 @click.option(
     "--run",
@@ -34,6 +43,7 @@ from kasa_runtime.commands.train import quiet_libraries
 )
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="As in train.")
 @click.option("--report-only", is_flag=True, help="Run nothing; write tables and plots again.")
+@json_option
 def command(
     names: tuple[str, ...],
     runs: tuple[Path, ...],
@@ -42,6 +52,7 @@ def command(
     out: Path,
     overrides: tuple[str, ...],
     report_only: bool,
+    as_json: bool,
 ) -> None:
     """Train the cells of experiments over several seeds and compare them. Without a NAME, list
     them.
@@ -51,8 +62,11 @@ def command(
     from kasa_runtime.training.experiments.grid import EXPERIMENTS
 
     if not names:
-        for experiment in EXPERIMENTS.values():
-            click.echo(f"{experiment.name:16} {experiment.question}")
+        questions = {experiment.name: experiment.question for experiment in EXPERIMENTS.values()}
+        if as_json:
+            print_json(questions)
+        else:
+            print_fields(questions)
         return
     if unknown := [name for name in names if name not in EXPERIMENTS]:
         raise click.BadParameter(f"{unknown[0]!r}; known: {', '.join(EXPERIMENTS)}")
@@ -66,7 +80,8 @@ def command(
     from kasa_runtime.training.experiments.runner import RESULTS_FILE, Results, run_cells
     from kasa_runtime.training.reader import load
 
-    console, results = Console(highlight=False), Results(out / RESULTS_FILE)
+    console = Console(highlight=False, stderr=as_json)
+    results = Results(out / RESULTS_FILE)
     configs = [load(run, overrides) for run in runs]
     experiments = [EXPERIMENTS[name] for name in names]
     for config in configs:
@@ -74,5 +89,8 @@ def command(
         cells = [c for c in cells if not only or any(fnmatchcase(c.label, text) for text in only)]
         if not report_only:
             run_cells(config, cells, range(seeds), results, console)
-    for path in write_reports(out, experiments, configs, results):
-        console.print(str(path))
+    paths = [str(path) for path in write_reports(out, experiments, configs, results)]
+    if as_json:
+        print_json({"results": str(out / RESULTS_FILE), "reports": paths})
+    else:
+        click.echo("\n".join(paths))

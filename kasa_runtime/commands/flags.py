@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import click
 
+from kasa_runtime.commands.help import OPTIONS, Option
+
 Config = TypeVar("Config")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -50,10 +52,13 @@ def leaves(config_type: type, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
             yield Leaf((*path, field.name), field, without_none(hint))
 
 
-def options(*config_types: type, **changed: Settings) -> Callable[[Command], Command]:
+def options(
+    *config_types: type, section: str | None = None, **changed: Settings
+) -> Callable[[Command], Command]:
     """Decorator: a flag for every field of the configurations, whose names must differ.
 
-    `changed` has settings of `click.option` for the flags of some fields, by field name.
+    `section` is their heading in help; by default the TOML table in which a setting is. `changed`
+    has settings of `click.option` for the flags of some fields, by field name.
     """
     found = [leaf for config_type in config_types for leaf in leaves(config_type)]
     names = [leaf.name for leaf in found]
@@ -62,7 +67,8 @@ def options(*config_types: type, **changed: Settings) -> Callable[[Command], Com
 
     def decorate(command: Command) -> Command:
         for leaf in reversed(found):
-            command = _option(leaf, changed.get(leaf.name, {}))(command)
+            heading = section or _table(leaf)
+            command = _option(leaf, heading, changed.get(leaf.name, {}))(command)
         return command
 
     return decorate
@@ -85,10 +91,16 @@ def _fields(config_type: type) -> Iterator[Field[Any]]:
     return (f for f in fields(config_type) if f.init and f.metadata.get("flag", True))
 
 
-def _option(leaf: Leaf, changed: Settings) -> Callable[[Any], Any]:
+def _table(leaf: Leaf) -> str:
+    return f"[{'.'.join(leaf.path[:-1])}]" if leaf.path[1:] else OPTIONS
+
+
+def _option(leaf: Leaf, section: str, changed: Settings) -> Callable[[Any], Any]:
     field, hint, flag = leaf.field, leaf.hint, leaf.flag
     default = _default(field)
     settings: dict[str, Any] = {
+        "cls": Option,
+        "section": section,
         "help": field.metadata.get("help"),
         "show_default": default is not None and default != (),
     }

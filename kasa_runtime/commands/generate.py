@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kasa_runtime.commands.completion import adapter_names
+from kasa_runtime.commands.help import Command
 from kasa_runtime.commands.output import json_option
 from kasa_runtime.commands.sampling import sampling_of, sampling_options
 from kasa_runtime.commands.server_address import address_option, connect
@@ -22,7 +23,17 @@ if TYPE_CHECKING:
     from kasa_runtime.client import Client
 
 
-@click.command("generate", context_settings={"max_content_width": 100})
+@click.command(
+    "generate",
+    cls=Command,
+    context_settings={"max_content_width": 100},
+    examples=(
+        'kasa generate --adapter snips "play some jazz =>"',
+        'kasa generate --chat --temperature 0.7 "Why does bread rise?"',
+        'kasa generate --choice yes --choice no "Is a whale a fish? Answer:"',
+        "kasa generate --json --logprobs 5 - < prompt.txt",
+    ),
+)
 @click.argument("prompt")
 @click.option(
     "--adapter",
@@ -49,9 +60,9 @@ if TYPE_CHECKING:
     type=int,
     help="log-probabilities of the prompt's tokens and of this many likeliest, with --json",
 )
-@address_option
 @structured_options
 @sampling_options
+@address_option
 def command(
     prompt: str,
     *,

@@ -16,6 +16,7 @@ from kasa_runtime.base_model.description import describe
 from kasa_runtime.base_model.progress import ConsoleProgress
 from kasa_runtime.base_model.source import resolve
 from kasa_runtime.commands.completion import model_names
+from kasa_runtime.commands.help import Group
 from kasa_runtime.commands.output import json_option, print_json
 from kasa_runtime.errors import ModelError
 
@@ -33,7 +34,7 @@ def _progress() -> ConsoleProgress:
     return ConsoleProgress(say=lambda message: click.echo(message, err=True))
 
 
-@click.group()
+@click.group(cls=Group)
 def command() -> None:
     """Fetch, inspect and prepare base models."""
 

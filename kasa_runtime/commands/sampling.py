@@ -24,7 +24,7 @@ HELP: dict[str, dict[str, Any]] = {
     "logprobs": {"help": "log-probabilities of this many tokens, with --json"},
 }
 
-sampling_options = options(SamplingParams, **HELP)
+sampling_options = options(SamplingParams, section="Sampling", **HELP)
 
 
 def sampling_of(values: Mapping[str, Any]) -> SamplingParams:

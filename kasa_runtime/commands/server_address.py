@@ -7,16 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kasa_runtime.commands.help import Option
+
 if TYPE_CHECKING:
     from kasa_runtime.client import Client
 
 SECURITY = "kasa.security"
+SECTION = "Server"
 
 
 def address_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: `--address`, of the server to talk to, and what `connect` shows it."""
     option = click.option(
         "--address",
+        cls=Option,
+        section=SECTION,
         default="127.0.0.1:50051",
         show_default=True,
         envvar="KASA_ADDRESS",
@@ -39,6 +44,8 @@ def security_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name, settings in reversed(options):
         command = click.option(
             f"--{name}",
+            cls=Option,
+            section=SECTION,
             envvar=f"KASA_{name.replace('-', '_').upper()}",
             show_envvar=True,
             expose_value=False,

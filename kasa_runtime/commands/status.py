@@ -7,11 +7,12 @@ from dataclasses import asdict
 
 import click
 
+from kasa_runtime.commands.help import Command
 from kasa_runtime.commands.output import json_option, print_fields, print_json
 from kasa_runtime.commands.server_address import address_option, connect
 
 
-@click.command("status")
+@click.command("status", cls=Command)
 @json_option
 @address_option
 def command(address: str, as_json: bool) -> None:

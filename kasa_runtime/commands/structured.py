@@ -8,7 +8,10 @@ from typing import Any
 
 import click
 
+from kasa_runtime.commands.help import Option
 from kasa_runtime.types import StructuredOutput
+
+UNDER: dict[str, Any] = {"cls": Option, "section": "Form of the text"}
 
 
 def structured_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,15 +20,20 @@ def structured_options(command: Callable[..., Any]) -> Callable[..., Any]:
         (
             click.option(
                 "--json-schema",
+                **UNDER,
                 metavar="FILE|JSON",
                 help="the text is JSON that this schema validates",
             ),
-            click.option("--regex", help="the whole text matches it"),
+            click.option("--regex", **UNDER, help="the whole text matches it"),
             click.option(
-                "--choice", multiple=True, help="the text is one of these; give it several times"
+                "--choice",
+                **UNDER,
+                multiple=True,
+                help="the text is one of these; give it several times",
             ),
             click.option(
                 "--grammar",
+                **UNDER,
                 type=click.Path(exists=True, dir_okay=False, path_type=Path),
                 help="file of a grammar in Lark's syntax, which the text follows",
             ),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import click
 
 from kasa_runtime import tokens
+from kasa_runtime.commands.help import Group
 from kasa_runtime.commands.output import json_option, print_json
 from kasa_runtime.tokens import Action
 
 
-@click.group("token")
+@click.group("token", cls=Group)
 def command() -> None:
     """Make tokens that a server lets in."""
 
@@ -18,7 +19,12 @@ def _patterns(action: Action, help: str) -> click.Option:
     return click.Option([f"--{action}", action], multiple=True, metavar="PATTERN", help=help)
 
 
-@command.command()
+@command.command(
+    examples=(
+        "kasa token new alice --generate 'team-a-*' --upload 'team-a-*' >> tokens.toml",
+        "kasa token new prometheus --observe '*' >> tokens.toml",
+    )
+)
 @click.argument("name")
 @json_option
 def new(name: str, as_json: bool, **patterns: tuple[str, ...]) -> None:
@@ -26,7 +32,7 @@ def new(name: str, as_json: bool, **patterns: tuple[str, ...]) -> None:
     token itself, once, to standard error.
 
     PATTERN is of names of adapters, with a shell's wildcards; _base is the base model. Each flag
-    may be given several times. Example: kasa token new alice --generate 'team-a-*' >> tokens.toml
+    may be given several times.
     """
     token = tokens.new_token()
     line = tokens.line(name, token, {Action(key): value for key, value in patterns.items()})

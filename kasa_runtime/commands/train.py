@@ -7,12 +7,20 @@ from pathlib import Path
 
 import click
 
+from kasa_runtime.commands.help import Command
 from kasa_runtime.commands.output import json_option, print_json
 
 INTERRUPTED = 130
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=(
+        "kasa train examples/tickets/run.toml",
+        "kasa train run.toml --set train.epochs=2 --set method.r=16",
+        "kasa train run.toml --resume",
+    ),
+)
 @click.argument("run", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--set",

@@ -18,8 +18,8 @@ class HttpMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(
             "kasa_http_requests",
-            "HTTP requests that ended, by status; of a stream that failed in its middle, the error's; "
-            "`gone`: the client went away first",
+            "HTTP requests that ended, by status: of a stream that failed in its middle, the "
+            "error's; `gone`: the client went away first",
             ("handler", "method", "code"),
             registry=registry,
         )
