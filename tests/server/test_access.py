@@ -84,7 +84,7 @@ def client(served, token=None):
     return AsyncClient(served.address, token=token)
 
 
-@pytest.mark.parametrize("token", [None, "wrong", ALICE[:-1]])
+@pytest.mark.parametrize("token", [None, "wrong", ALICE[:-1]], ids=["none", "wrong", "cut off"])
 async def test_without_a_known_token_nothing_is_answered(guarded, token, adapter_dir):
     async with client(guarded, token) as stranger:
         for call in (
@@ -223,7 +223,9 @@ async def test_health_tells_of_adapters_only_those_who_may_see_them(guarded):
 
 
 @pytest.mark.parametrize(
-    ("token", "status"), [(None, 401), ("wrong", 401), (ALICE, 403), (WATCHER, 200), (ROOT, 200)]
+    ("token", "status"),
+    [(None, 401), ("wrong", 401), (ALICE, 403), (WATCHER, 200), (ROOT, 200)],
+    ids=["none", "wrong", "alice", "watcher", "root"],
 )
 async def test_metrics_are_for_those_who_may_see_everything(guarded, token, status):
     headers = {"Authorization": f"Bearer {token}"} if token else {}

@@ -60,7 +60,7 @@ def test_every_flag_that_is_shown_exists() -> None:
         assert set(re.findall(r"--[a-z-]+", line)) <= known, name
 
 
-@pytest.mark.parametrize("name", COMMANDS.keys() - {"serve", "chat", "completion"})
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"serve", "chat", "completion"}))
 def test_every_command_with_a_result_has_it_as_json(name: str) -> None:
     assert any("--json" in parameter.opts for parameter in COMMANDS[name].params)
     last = name.rpartition(" ")[2]

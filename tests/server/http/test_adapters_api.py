@@ -28,6 +28,7 @@ LINES = "\n".join(
         tokens.line("bob", BOB, {Action.ADMINISTER: ["b-*"]}),
     ]
 )
+NAMES = {ROOT: "root", ALICE: "alice", BOB: "bob"}
 TENANTS = replace(CONFIG, access=AccessConfig(tokens=LINES))
 
 
@@ -213,6 +214,7 @@ async def test_a_tenant_sees_its_own_alone(tenants):
         (ROOT, "POST", "/adapters/b-one/merge", 200),
         (ROOT, "DELETE", "/adapters/b-one", 204),
     ],
+    ids=NAMES.get,  # tokens are others in each process
 )
 async def test_permissions_are_those_of_grpc(tenants, token, method, path, status):
     tenants.runtime.put(replace(STYLE, name="b-one"))
