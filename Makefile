@@ -36,9 +36,10 @@ $(DOCS_STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-# Files side by side in two processes; a test has one thread. Of more, memory is the bound.
+# Files side by side in two processes, the long ones first (tests/conftest.py); a test has one thread.
+# Of more processes, memory is the bound.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m pytest -m vllm tests/engine

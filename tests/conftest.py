@@ -15,6 +15,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by whomever
 
 
+LONG = (
+    "test_parity.py",
+    "test_distributed.py",
+    "test_resume.py",
+    "test_run.py",
+    "test_start_up.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes begin first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def session_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One KASA_HOME for all tests, so that what is computed once stays computed."""
