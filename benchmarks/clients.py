@@ -10,7 +10,8 @@ The tasks: the tickets of examples/tickets, as a choice of the team and as the w
 and of every --data, a JSON array in the form of LLM-Adapters' commonsense sets, the right answer.
 Nothing is fetched but two environments from the package index, at the first use: minutes,
 3.3 GB with a torch for CPUs.
-Prints and writes into --out: report.md, results.json, and what the programs said.
+Prints and writes into --out: report.md, results.json, and what the programs said. A call with the
+same --out goes on with what is there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import shlex
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.clients import guidellm, lm_eval, program
@@ -34,6 +36,7 @@ TICKETS = ROOT / "examples" / "tickets" / "data" / "test.jsonl"
 STEPS = ("score", "verify", "load")
 REQUIREMENTS = Path(__file__).parent / "clients" / "requirements"
 TIMEOUT_S = 3600.0
+COMMAND = "command.txt"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -47,19 +50,49 @@ def main(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left
     report = Report(machine(), pinned())
     models = {base: None, args.adapter: args.adapters / args.adapter}
-    with serving(args.model, args.adapters, args.serve, args.out / "server.log") as url:
-        if "score" in args.steps:
-            for model in models:
-                score(report, url, model, model_dir, tasks, args)
-                report.write(args.out)
-        if "load" in args.steps:
-            for model in models:
-                load(report, url, model, model_dir, args)
-                report.write(args.out)
+    recall(report, models, args)
+    if {"score", "load"} & set(args.steps):
+        with serving(args.model, args.adapters, args.serve, args.out / "server.log") as url:
+            run(report, url, models, model_dir, tasks, args)
     if "verify" in args.steps:
         for model, adapter in models.items():
             verify(report, model, model_dir, adapter, tasks)
+            report.write(args.out)
     print(report.write(args.out))
+
+
+def recall(report: Report, models: Iterable[str], args: argparse.Namespace) -> None:
+    """What earlier calls left in --out, of steps that are not done again."""
+    for model in models:
+        scored, loaded = args.out / f"lm-eval-{model}", args.out / f"guidellm-{model}"
+        if "score" not in args.steps and (scored / COMMAND).exists():
+            report.commands.append((scored / COMMAND).read_text())
+            report.scores[model] = {found.task: found for found in lm_eval.read(scored)}
+        if "load" not in args.steps and (loaded / COMMAND).exists():
+            report.commands.append((loaded / COMMAND).read_text())
+            report.loads.append(guidellm.read(loaded, model, args.concurrency))
+    missing = [model for model in models if model not in report.scores]
+    if "verify" in args.steps and "score" not in args.steps and missing:
+        raise SystemExit(f"--steps verify: {args.out} has no scores of {missing[0]}")
+
+
+def run(
+    report: Report,
+    url: str,
+    models: Iterable[str],
+    model_dir: Path,
+    tasks: list[Task],
+    args: argparse.Namespace,
+) -> None:
+    """The steps that the server is wanted for."""
+    if "score" in args.steps:
+        for model in models:
+            score(report, url, model, model_dir, tasks, args)
+            report.write(args.out)
+    if "load" in args.steps:
+        for model in models:
+            load(report, url, model, model_dir, args)
+            report.write(args.out)
 
 
 def pinned() -> dict[str, str]:
@@ -85,7 +118,7 @@ def score(
     names = [task.name for task in tasks]
     command = lm_eval.command(python, url, model, model_dir, names, folder)
     program.run(command, folder, folder / "lm-eval.log", TIMEOUT_S)
-    report.commands.append(shown(command, python, model_dir, folder))
+    note(report, command, python, model_dir, folder)
     report.scores[model] = {found.task: found for found in lm_eval.read(folder)}
 
 
@@ -98,16 +131,17 @@ def load(report: Report, url: str, model: str, model_dir: Path, args: argparse.N
         python, url, model, model_dir, folder, args.requests, args.concurrency
     )
     program.run(command, folder, folder / "guidellm.log", TIMEOUT_S)
-    report.commands.append(shown(command, python, model_dir, folder))
+    note(report, command, python, model_dir, folder)
     report.loads.append(guidellm.read(folder, model, args.concurrency))
 
 
-def shown(command: list[str], python: Path, model_dir: Path, folder: Path) -> str:
-    """Without what is this machine's own."""
+def note(report: Report, command: list[str], python: Path, model_dir: Path, folder: Path) -> None:
+    """A command that was run, without what is this machine's own."""
     text = shlex.join(command)
     for path in (folder, model_dir, python.parent):
         text = text.replace(str(path), path.name)
-    return text
+    (folder / COMMAND).write_text(text)
+    report.commands.append(text)
 
 
 def verify(
@@ -133,7 +167,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", nargs="+", choices=STEPS, default=STEPS, help="verify comes after score")
+    add("--steps", nargs="+", choices=STEPS, default=STEPS, help="others are as --out has them")
     add("--model", default="smollm2-135m", help="as of `kasa serve`")
     add("--adapters", type=Path, default=ROOT / "adapters", help="directory of adapters")
     add("--adapter", default="tickets", help="which of them")
@@ -148,10 +182,7 @@ def parse() -> argparse.Namespace:
         default=Path(f"benchmarks/results/clients-{time.strftime('%Y-%m-%d-%H%M%S')}"),
     )
     add("--cache", type=Path, default=kasa_home() / "benchmarks", help="where environments are")
-    args = parser.parse_args()
-    if "verify" in args.steps and "score" not in args.steps:
-        parser.error("--steps verify: want score too, whose results it verifies")
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

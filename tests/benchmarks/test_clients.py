@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from benchmarks.clients.lm_eval import Score
 from benchmarks.clients.report import Agreement, Report
 from benchmarks.clients.tasks import Row, Task, multiple_choice, tickets
 
-TICKETS = Path(__file__).parents[2] / "examples" / "tickets" / "data" / "test.jsonl"
+ROOT = Path(__file__).parents[2]
+TICKETS = ROOT / "examples" / "tickets" / "data" / "test.jsonl"
 
 
 def test_a_ticket_is_a_choice_of_the_team_and_a_line_to_write() -> None:
@@ -114,6 +117,19 @@ def test_a_command_names_the_server_the_model_and_the_tokenizer(tool: str, tmp_p
     text = " ".join(command)
     assert command[0].startswith("/env/bin/")
     assert url in text and "model=style" in text and "/models/m" in text
+
+
+def test_a_later_call_goes_on_with_what_is_there(tmp_path: Path) -> None:
+    recall = runpy.run_path(str(ROOT / "benchmarks" / "clients.py"))["recall"]
+    write_lm_eval_results(tmp_path / "lm-eval-m")
+    (tmp_path / "lm-eval-m" / "command.txt").write_text("lm_eval --x")
+    args = Namespace(steps=["verify"], out=tmp_path, concurrency=8)
+    report = Report("a machine")
+    recall(report, ["m"], args)
+    assert report.commands == ["lm_eval --x"]
+    assert list(report.scores["m"].values()) == lm_eval.read(tmp_path / "lm-eval-m")
+    with pytest.raises(SystemExit, match="no scores of other"):
+        recall(report, ["m", "other"], args)
 
 
 def test_a_report_has_the_figures_and_no_rows(tmp_path: Path) -> None:
