@@ -41,19 +41,24 @@ COMMAND = "command.txt"
 
 def main(args: argparse.Namespace) -> None:
     model_dir = resolve(args.model)
-    base = model_dir.name
     tasks = [
         *tickets(TICKETS, args.limit),
         *(multiple_choice(file, args.limit) for file in args.data),
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left
-    report = Report(machine(), pinned())
-    models = {base: None, args.adapter: args.adapters / args.adapter}
-    recall(report, models, args)
+    models = {model_dir.name: None, args.adapter: args.adapters / args.adapter}
     if {"score", "load"} & set(args.steps):
         with serving(args.model, args.adapters, args.serve, args.out / "server.log") as url:
-            run(report, url, models, model_dir, tasks, args)
+            if "score" in args.steps:
+                for model in models:
+                    score(url, model, model_dir, tasks, args)
+                    gathered(models, args.out).write(args.out)
+            if "load" in args.steps:
+                for model in models:
+                    load(url, model, model_dir, args)
+                    gathered(models, args.out).write(args.out)
+    report = gathered(models, args.out)
     if "verify" in args.steps:
         for model, adapter in models.items():
             verify(report, model, model_dir, adapter, tasks)
@@ -61,53 +66,31 @@ def main(args: argparse.Namespace) -> None:
     print(report.write(args.out))
 
 
-def recall(report: Report, models: Iterable[str], args: argparse.Namespace) -> None:
-    """What earlier calls left in --out, of steps that are not done again."""
+def gathered(models: Iterable[str], out: Path) -> Report:
+    """What the programs left in `out`, in this call or an earlier one."""
+    report = Report(machine(), pinned())
     for model in models:
-        scored, loaded = args.out / f"lm-eval-{model}", args.out / f"guidellm-{model}"
-        if "score" not in args.steps and (scored / COMMAND).exists():
-            report.commands.append((scored / COMMAND).read_text())
-            report.scores[model] = {found.task: found for found in lm_eval.read(scored)}
-        if "load" not in args.steps and (loaded / COMMAND).exists():
-            report.commands.append((loaded / COMMAND).read_text())
-            report.loads.append(guidellm.read(loaded, model, args.concurrency))
-    missing = [model for model in models if model not in report.scores]
-    if "verify" in args.steps and "score" not in args.steps and missing:
-        raise SystemExit(f"--steps verify: {args.out} has no scores of {missing[0]}")
-
-
-def run(
-    report: Report,
-    url: str,
-    models: Iterable[str],
-    model_dir: Path,
-    tasks: list[Task],
-    args: argparse.Namespace,
-) -> None:
-    """The steps that the server is wanted for."""
-    if "score" in args.steps:
-        for model in models:
-            score(report, url, model, model_dir, tasks, args)
-            report.write(args.out)
-    if "load" in args.steps:
-        for model in models:
-            load(report, url, model, model_dir, args)
-            report.write(args.out)
+        folder = out / f"lm-eval-{model}"
+        if (folder / COMMAND).exists():
+            report.commands.append((folder / COMMAND).read_text())
+            report.scores[model] = {score.task: score for score in lm_eval.read(folder)}
+    for model in models:
+        folder = out / f"guidellm-{model}"
+        if (folder / COMMAND).exists():
+            report.commands.append((folder / COMMAND).read_text())
+            report.loads.append(guidellm.read(folder, model))
+    return report
 
 
 def pinned() -> dict[str, str]:
     """The versions of what the environments are made of."""
-    lines = [line for file in sorted(REQUIREMENTS.glob("*.txt")) for line in file.open()]
-    return {name: version.strip() for name, _, version in (x.partition("==") for x in lines)}
+    files = sorted(REQUIREMENTS.glob("*.txt"))
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    return {name: version for name, _, version in (line.partition("==") for line in lines)}
 
 
 def score(
-    report: Report,
-    url: str,
-    model: str,
-    model_dir: Path,
-    tasks: list[Task],
-    args: argparse.Namespace,
+    url: str, model: str, model_dir: Path, tasks: list[Task], args: argparse.Namespace
 ) -> None:
     """Have lm-eval score every task."""
     folder = args.out.absolute() / f"lm-eval-{model}"
@@ -118,11 +101,10 @@ def score(
     names = [task.name for task in tasks]
     command = lm_eval.command(python, url, model, model_dir, names, folder)
     program.run(command, folder, folder / "lm-eval.log", TIMEOUT_S)
-    note(report, command, python, model_dir, folder)
-    report.scores[model] = {found.task: found for found in lm_eval.read(folder)}
+    (folder / COMMAND).write_text(shown(command, python, model_dir, folder))
 
 
-def load(report: Report, url: str, model: str, model_dir: Path, args: argparse.Namespace) -> None:
+def load(url: str, model: str, model_dir: Path, args: argparse.Namespace) -> None:
     """Have guidellm send its requests."""
     folder = args.out.absolute() / f"guidellm-{model}"
     folder.mkdir(exist_ok=True)
@@ -131,17 +113,15 @@ def load(report: Report, url: str, model: str, model_dir: Path, args: argparse.N
         python, url, model, model_dir, folder, args.requests, args.concurrency
     )
     program.run(command, folder, folder / "guidellm.log", TIMEOUT_S)
-    note(report, command, python, model_dir, folder)
-    report.loads.append(guidellm.read(folder, model, args.concurrency))
+    (folder / COMMAND).write_text(shown(command, python, model_dir, folder))
 
 
-def note(report: Report, command: list[str], python: Path, model_dir: Path, folder: Path) -> None:
-    """A command that was run, without what is this machine's own."""
+def shown(command: list[str], python: Path, model_dir: Path, folder: Path) -> str:
+    """Without what is this machine's own."""
     text = shlex.join(command)
     for path in (folder, model_dir, python.parent):
         text = text.replace(str(path), path.name)
-    (folder / COMMAND).write_text(text)
-    report.commands.append(text)
+    return text
 
 
 def verify(
@@ -150,15 +130,17 @@ def verify(
     """Compute what lm-eval was told once more."""
     from benchmarks.clients.reference import Reference
 
+    scores, choices = report.scores.get(model, {}), [task for task in tasks if task.is_choice]
+    for task in choices:
+        if task.name not in scores or scores[task.name].num_rows != len(task.rows):
+            rows = f"{len(task.rows)} rows of {task.name}"
+            raise SystemExit(f"verify: --out has no score of {model} in {rows}; take score too")
     reference = Reference(model_dir, adapter)
     report.agreements[model] = {
         task.name: Agreement.of(
-            report.scores[model][task.name],
-            reference.score(task.rows),
-            [row.gold for row in task.rows],
+            scores[task.name], reference.score(task.rows), [row.gold for row in task.rows]
         )
-        for task in tasks
-        if task.is_choice
+        for task in choices
     }
 
 

@@ -56,7 +56,7 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
 
 async def done_in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """As `in_background`, and awaited to its end even if the caller is cancelled: for what changes
-    files, so that nothing is changed after a lock was released or a runtime closed."""
+    something, so that nothing is changed after a lock was released or a runtime closed."""
     return await finish(in_background(function, *args, **kwargs))
 
 

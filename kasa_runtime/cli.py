@@ -76,7 +76,10 @@ class LazyGroup(click.Group):
             raise Failure(error, ctx) from error
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, package_name="kasa-runtime")
 def cli() -> None:
     """Train, serve and operate KaSA adapters: one base model, many adapters, one batch."""

@@ -378,7 +378,7 @@ async def under_load(live: Live) -> AsyncIterator[None]:
         over.set()
         await asyncio.gather(*tasks)
     assert {info.name: info.version for info in await live.client.list_adapters()} == before
-    await eventually(lambda: _nothing_staged(live))  # an upload may begin after its client went
+    assert not list(live.adapters_dir.glob(".kasa/staging/*"))
 
 
 async def test_names_and_versions_that_are_not_there_or_not_legal(live: Live) -> None:
@@ -474,11 +474,15 @@ async def test_uploads_that_are_not_what_they_announced(live: Live, tiny_chat_mo
 
 
 async def _break_off(live: Live, sent: list[Any]) -> None:
-    """Send some messages of an upload, then vanish."""
+    """Send some messages of an upload and vanish, once the server has begun with them."""
+
+    async def begun() -> bool:
+        return not await _nothing_staged(live)
 
     async def begin() -> AsyncIterator[Any]:
         for message in sent:
             yield message
+        await eventually(begun)
         call.cancel()
 
     call = adapters_pb2_grpc.AdapterServiceStub(live.channel).UploadAdapter(begin())

@@ -51,14 +51,14 @@ def command(
     ]
 
 
-def read(folder: Path, model: str, concurrency: int) -> Load:
+def read(folder: Path, model: str) -> Load:
     """What a run wrote."""
     [benchmark] = json.loads((folder / "report.json").read_text())["benchmarks"]
     metrics = benchmark["metrics"]
     totals = metrics["request_totals"]
     return Load(
         model,
-        concurrency,
+        benchmark["config"]["strategy"]["streams"],
         totals["successful"],
         totals["errored"] + totals["incomplete"],
         metrics["requests_per_second"]["successful"]["mean"],

@@ -17,7 +17,7 @@ from kasa_runtime.adapter.lora import Adapter, AdapterWeights, fold
 from kasa_runtime.adapter.store import AdapterStore
 from kasa_runtime.adapter.tails import TailCache
 from kasa_runtime.adapter.versions import StoredVersion, present
-from kasa_runtime.background import finish, in_background
+from kasa_runtime.background import done_in_background
 from kasa_runtime.errors import AdapterError, AdapterInvalid
 from kasa_runtime.types import AdapterInfo, AdapterState
 
@@ -52,7 +52,7 @@ class AdapterLoader:
             yield
         finally:
             if self._store.let_go(info.name, info.version):
-                await finish(in_background(self._store.sweep, info.name))
+                await done_in_background(self._store.sweep, info.name)
 
     def read(self, key: str, info: AdapterInfo) -> AdapterWeights:
         """The folded weights of a version. Raises AdapterNotFound, AdapterInvalid."""

@@ -59,7 +59,6 @@ class Plan:
 @click.command(
     "bench",
     cls=Command,
-    context_settings={"max_content_width": 100},
     examples=(
         "kasa bench --rate 4 --duration 60 --adapters all --zipf 1.1 --html load.html",
         "kasa bench --concurrency 8 --requests 200 --prompts prompts.txt --json load.json",

@@ -30,7 +30,6 @@ Ctrl-C          stop the answer; Ctrl-D leaves"""
 @click.command(
     "chat",
     cls=Command,
-    context_settings={"max_content_width": 100},
     examples=('kasa chat --adapter support --system "Answer briefly."',),
 )
 @click.option(

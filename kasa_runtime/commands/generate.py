@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 @click.command(
     "generate",
     cls=Command,
-    context_settings={"max_content_width": 100},
     examples=(
         'kasa generate --adapter snips "play some jazz =>"',
         'kasa generate --chat --temperature 0.7 "Why does bread rise?"',

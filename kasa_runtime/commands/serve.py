@@ -20,7 +20,7 @@ from server.config import ServeConfig
 @click.command(
     "serve",
     cls=Command,
-    context_settings={"auto_envvar_prefix": "KASA", "max_content_width": 100},
+    context_settings={"auto_envvar_prefix": "KASA"},
     examples=(
         "kasa serve --pin support",
         "kasa serve --model ./my-model --adapters-dir /srv/adapters --max-slots 32",

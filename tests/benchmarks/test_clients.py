@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +100,10 @@ def test_loads_are_read(tmp_path: Path) -> None:
         "time_to_first_token_ms": {"successful": {"percentiles": {"p50": 1.0, "p95": 2.0}}},
         "inter_token_latency_ms": {"successful": {"percentiles": {"p50": 3.0, "p95": 4.0}}},
     }
-    (tmp_path / "report.json").write_text(json.dumps({"benchmarks": [{"metrics": metrics}]}))
+    benchmark = {"config": {"strategy": {"streams": 8}}, "metrics": metrics}
+    (tmp_path / "report.json").write_text(json.dumps({"benchmarks": [benchmark]}))
     want = Load("m", 8, 7, 3, 2.0, 64.0, (1.0, 2.0), (3.0, 4.0))
-    assert guidellm.read(tmp_path, "m", 8) == want
+    assert guidellm.read(tmp_path, "m") == want
 
 
 @pytest.mark.parametrize("tool", ["lm-eval", "guidellm"])
@@ -120,16 +120,16 @@ def test_a_command_names_the_server_the_model_and_the_tokenizer(tool: str, tmp_p
 
 
 def test_a_later_call_goes_on_with_what_is_there(tmp_path: Path) -> None:
-    recall = runpy.run_path(str(ROOT / "benchmarks" / "clients.py"))["recall"]
+    script = runpy.run_path(str(ROOT / "benchmarks" / "clients.py"))
     write_lm_eval_results(tmp_path / "lm-eval-m")
     (tmp_path / "lm-eval-m" / "command.txt").write_text("lm_eval --x")
-    args = Namespace(steps=["verify"], out=tmp_path, concurrency=8)
-    report = Report("a machine")
-    recall(report, ["m"], args)
+    report = script["gathered"](["m", "other"], tmp_path)
     assert report.commands == ["lm_eval --x"]
     assert list(report.scores["m"].values()) == lm_eval.read(tmp_path / "lm-eval-m")
-    with pytest.raises(SystemExit, match="no scores of other"):
-        recall(report, ["m", "other"], args)
+    task = Task("choice", (Row("a", (" b", " c")),) * 3)  # of which two were scored
+    for model in ("m", "other"):
+        with pytest.raises(SystemExit, match=f"no score of {model} in 3 rows of choice"):
+            script["verify"](report, model, tmp_path, None, [task])
 
 
 def test_a_report_has_the_figures_and_no_rows(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from kasa_runtime.background import finish, in_background
+from kasa_runtime.background import done_in_background
 from kasa_runtime.engine.grammar import grammar_of, limits, refusal
 from kasa_runtime.engine.native.vocabulary import Vocabulary
 from kasa_runtime.errors import InvalidRequest, ModelError
@@ -96,7 +96,7 @@ class ConstraintMaker:
     async def make(self, wanted: StructuredOutput) -> Constraint:
         """A constraint at its beginning. Raises InvalidRequest."""
         async with self._turn:
-            matcher = await finish(in_background(self._matcher, wanted))
+            matcher = await done_in_background(self._matcher, wanted)
         return Constraint(matcher, wanted, self._not_eos)
 
     def _matcher(self, wanted: StructuredOutput) -> Any:
