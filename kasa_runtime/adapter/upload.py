@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kasa_runtime.adapter.checkpoint import FILES, REQUIRED_FILES
 from kasa_runtime.adapter.names import check_name
-from kasa_runtime.background import in_background
+from kasa_runtime.background import done_in_background
 from kasa_runtime.errors import DigestMismatch, InvalidRequest
 from kasa_runtime.types import AdapterInfo, ManifestFile, UploadManifest
 
@@ -71,7 +71,7 @@ class Upload:
             raise DigestMismatch(
                 f"{path}: announced {announced.size_bytes} bytes, got {offset + len(data)} or more"
             )
-        await in_background(self._append, path, data)
+        await done_in_background(self._append, path, data)
 
     async def commit(self) -> AdapterInfo:
         """Check sizes and digests, then content, then publish. Raises DigestMismatch,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from adapter.bench import blocked
 from kasa_runtime.adapter.checkpoint import CARD_FILE, CONFIG_FILE, META_FILE, WEIGHTS_FILE
 from kasa_runtime.adapter.upload import MAX_UPLOAD_BYTES, Upload, check_manifest
 from kasa_runtime.errors import DigestMismatch, InvalidRequest
@@ -108,6 +111,23 @@ class TestManifest:
 
 
 class TestUpload:
+    async def test_a_cancelled_write_ends_before_the_files_may_go(self, upload, monkeypatch):
+        written, may_write = [], threading.Event()
+
+        def slowly(path, data):
+            may_write.wait()
+            written.append(path)
+
+        monkeypatch.setattr(upload, "_append", slowly)
+        writing = asyncio.create_task(upload.write(CONFIG_FILE, 0, FILES[CONFIG_FILE]))
+        await asyncio.sleep(0)
+        writing.cancel()
+        assert await blocked(writing)
+        may_write.set()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        assert written == [CONFIG_FILE]
+
     async def test_publishes_what_was_announced(self, upload, published):
         for path, data in FILES.items():
             await upload.write(path, 0, data)
